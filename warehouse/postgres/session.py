@@ -1,0 +1,100 @@
+"""Connections to Postgres, always inside an explicit tenant or system scope.
+
+Every transaction drops to a non-owner role before its first statement, so row-level security holds whatever the
+login may do: ``tenant`` sees one customer's rows, ``system`` (workers, pipelines, platform admins) sees all.
+The role and the customer are set with ``SET LOCAL`` semantics and end with the transaction; a pooled connection
+carries nothing over.
+
+    async with db.tenant(customer_id) as conn:
+        rows = (await conn.execute(select(Cluster.id))).all()
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from uuid import UUID
+
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+TENANT_ROLE = "cloudoptim_tenant"
+SYSTEM_ROLE = "cloudoptim_system"
+ML_ROLE = "ml_readonly"
+
+_SCOPE = text("SELECT set_config('role', :role, true), set_config('app.customer_id', :customer_id, true)")
+
+
+def driver_url(url: str) -> str:
+    """The same address for our driver. A bare ``postgresql://`` would leave the choice to SQLAlchemy's default."""
+    return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+class Database:
+    """An asyncio connection pool with scoped transactions.
+
+    Args:
+        url: libpq URL.
+        pool_size: connections kept; ``max_overflow`` more may open in a burst.
+        pool_timeout: seconds to wait for a connection before ``sqlalchemy.exc.TimeoutError``.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 8, max_overflow: int = 4, pool_timeout: float = 2.0) -> None:
+        self.engine = create_async_engine(
+            driver_url(url),
+            pool_size=pool_size,
+            max_overflow=max_overflow,
+            pool_timeout=pool_timeout,
+            pool_pre_ping=False,
+            connect_args={"connect_timeout": 5, "application_name": "cloudoptim"},
+        )
+
+    @asynccontextmanager
+    async def _scope(self, role: str, customer_id: str) -> AsyncIterator[AsyncConnection]:
+        async with self.engine.begin() as conn:
+            await conn.execute(_SCOPE, {"role": role, "customer_id": customer_id})
+            yield conn
+
+    def tenant(self, customer_id: UUID):
+        """One transaction that sees the rows of one customer."""
+        return self._scope(TENANT_ROLE, str(customer_id))
+
+    def system(self):
+        """One transaction that sees all rows; for workers, pipelines and platform admins."""
+        return self._scope(SYSTEM_ROLE, "")
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()
+
+
+class SyncDatabase:
+    """The same scopes for code without an event loop (pipelines, command line, sandbox)."""
+
+    def __init__(self, url: str, *, pool_size: int = 2, max_overflow: int = 4) -> None:
+        self.url = url
+        self.engine = create_engine(
+            driver_url(url),
+            pool_size=pool_size,
+            max_overflow=max_overflow,
+            connect_args={"connect_timeout": 5, "application_name": "cloudoptim"},
+        )
+
+    @contextmanager
+    def _scope(self, role: str, customer_id: str) -> Iterator[Connection]:
+        with self.engine.begin() as conn:
+            conn.execute(_SCOPE, {"role": role, "customer_id": customer_id})
+            yield conn
+
+    def tenant(self, customer_id: UUID):
+        """One transaction that sees the rows of one customer."""
+        return self._scope(TENANT_ROLE, str(customer_id))
+
+    def system(self):
+        """One transaction that sees all rows."""
+        return self._scope(SYSTEM_ROLE, "")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
