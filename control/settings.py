@@ -27,7 +27,7 @@ def _env(*names: str) -> AliasChoices:
 class Settings(BaseSettings):
     """All settings. ``home`` is where embedded servers, the lake, logs and generated secrets live."""
 
-    model_config = SettingsConfigDict(extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(extra="ignore")
 
     home: Path = Field(Path("~/.local/share/cloudoptim"), validation_alias=_env("CLOUDOPTIM_HOME"))
     sandbox: bool = Field(False, validation_alias=_env("CLOUDOPTIM_SANDBOX"))

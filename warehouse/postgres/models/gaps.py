@@ -1,0 +1,58 @@
+"""What is missing in the data, why, and what was filled from where."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, UniqueConstraint, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
+
+
+class DataGap(HasId, Base):
+    """A stretch of one series that should be there and is not. Price gaps belong to no customer."""
+
+    __tablename__ = "data_gaps"
+    __table_args__ = (
+        UniqueConstraint("table_name", "series", "gap_start", postgresql_nulls_not_distinct=True),
+        CheckConstraint(one_of("state", "open", "filling", "filled", "unfillable"), name="state"),
+        Index("ix_data_gaps_state", "state", "table_name"),
+    )
+
+    customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    table_name: Mapped[str]
+    series: Mapped[str]
+    partition_key: Mapped[str]
+    gap_start: Mapped[datetime]
+    gap_end: Mapped[datetime]
+    expected_points: Mapped[int]
+    missing_points: Mapped[int]
+    reason: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="open")
+    found_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    filled_at: Mapped[datetime | None]
+    fill_id: Mapped[UUID | None]
+
+
+class GapFill(HasId, HasCreatedAt, Base):
+    """One request to fill gaps: ours, not Dagster's, is the record of what is still missing."""
+
+    __tablename__ = "gap_fills"
+    __table_args__ = (
+        CheckConstraint(one_of("state", "requested", "running", "succeeded", "failed", "cancelled"), name="state"),
+    )
+
+    customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    requested_by: Mapped[str]
+    table_name: Mapped[str]
+    partitions: Mapped[list[Any]]
+    state: Mapped[str] = mapped_column(server_default="requested")
+    dagster_run_id: Mapped[str | None]
+    dagster_backfill_id: Mapped[str | None]
+    records_filled: Mapped[int | None]
+    sources_used: Mapped[list[Any] | None]
+    error: Mapped[str | None]
+    finished_at: Mapped[datetime | None]

@@ -1,0 +1,252 @@
+"""The interruption path: inbox, events, interruptions with their history, and launches.
+
+The guarantees are the unique keys: a message is handled once per (customer, source, dedupe key), an instance is
+interrupted once per (customer, region, key), an intent has at most one live attempt, and a batch's ClientToken and
+frozen request are stored before EC2 is called.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, UniqueConstraint, func, text
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.types import Text
+
+from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
+
+LIVE_ATTEMPT_STATES = ("planned", "calling", "unknown", "launched", "adopted", "ready")
+
+
+class InboxMessage(Base):
+    """A message of any source, once. ``dedupe_key`` is the EventBridge id, else the SHA-256 of the canonical body."""
+
+    __tablename__ = "inbox_messages"
+    __table_args__ = (
+        CheckConstraint(one_of("outcome", "handled", "dropped", "quarantined", "waiting"), name="outcome"),
+        Index(
+            "ix_inbox_messages_quarantine",
+            "customer_id",
+            "received_at",
+            postgresql_where=text("outcome = 'quarantined'"),
+        ),
+        Index("ix_inbox_messages_received_at", "received_at"),
+    )
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
+    source: Mapped[str] = mapped_column(primary_key=True)
+    dedupe_key: Mapped[str] = mapped_column(primary_key=True)
+    sqs_message_id: Mapped[str | None]
+    receive_count: Mapped[int] = mapped_column(server_default="1")
+    body_sha256: Mapped[str]
+    event_type: Mapped[str | None]
+    outcome: Mapped[str]
+    reason: Mapped[str | None]
+    body: Mapped[str | None]
+    sent_at: Mapped[datetime | None]
+    received_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    replayed_at: Mapped[datetime | None]
+
+
+class SpotEventRecord(HasId, Base):
+    """One row per distinct event received, from any source: what happened and what was done about it."""
+
+    __tablename__ = "spot_events"
+    __table_args__ = (
+        UniqueConstraint("customer_id", "source", "dedupe_key"),
+        Index("ix_spot_events_cluster", "customer_id", "cluster_id", "received_at"),
+        Index("ix_spot_events_instance", "customer_id", "instance_id"),
+    )
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    cluster_id: Mapped[UUID | None]
+    event_type: Mapped[str]
+    instance_id: Mapped[str | None]
+    received_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    occurred_at: Mapped[datetime]
+    source: Mapped[str]
+    dedupe_key: Mapped[str]
+    interruption_id: Mapped[UUID | None]
+    action_taken: Mapped[str | None]
+    replacement_instance_id: Mapped[str | None]
+    payload: Mapped[dict[str, Any]]
+
+
+class Interruption(HasId, HasCreatedAt, Base):
+    """One interruption of one instance, whoever told us. ``interruption_key`` is the instance id for ``terminate``,
+    the instance id and the notice's minute for ``stop`` and ``hibernate``, which can recur."""
+
+    __tablename__ = "interruptions"
+    __table_args__ = (
+        UniqueConstraint("customer_id", "region", "interruption_key"),
+        UniqueConstraint("customer_id", "id"),
+        CheckConstraint(one_of("state", "unmatched", "open", "closed"), name="state"),
+        CheckConstraint(
+            one_of("outcome", "handled", "handled_late", "missed", "cancelled", "unmatched"), name="outcome"
+        ),
+        CheckConstraint("(state = 'closed') = (outcome IS NOT NULL)", name="closed_has_outcome"),
+        Index("ix_interruptions_open", "deadline_at", postgresql_where=text("state <> 'closed'")),
+        Index("ix_interruptions_cluster", "customer_id", "cluster_id", "notice_at"),
+        Index("ix_interruptions_instance", "customer_id", "instance_id"),
+    )
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    cluster_id: Mapped[UUID | None]
+    node_id: Mapped[UUID | None]
+    region: Mapped[str]
+    interruption_key: Mapped[str]
+    account_id: Mapped[str | None]
+    instance_id: Mapped[str]
+    instance_type: Mapped[str | None]
+    availability_zone: Mapped[str | None]
+    instance_action: Mapped[str]
+    kind: Mapped[str]
+    notice_at: Mapped[datetime]
+    received_at: Mapped[datetime]
+    deadline_at: Mapped[datetime]
+    detected_by: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    state: Mapped[str]
+    outcome: Mapped[str | None]
+    reason: Mapped[str | None]
+    version: Mapped[int] = mapped_column(server_default="1")
+    instance_gone_at: Mapped[datetime | None]
+    closed_at: Mapped[datetime | None]
+
+
+class InterruptionHistory(Base):
+    """Every change of an interruption, versions 1..n without a hole, written with the change."""
+
+    __tablename__ = "interruption_history"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["customer_id", "interruption_id"], ["interruptions.customer_id", "interruptions.id"], ondelete="CASCADE"
+        ),
+    )
+
+    customer_id: Mapped[UUID]
+    interruption_id: Mapped[UUID] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    event: Mapped[str]
+    state: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+
+
+class LaunchIntent(HasId, HasCreatedAt, Base):
+    """That one replacement is wanted, once per interruption or plan step."""
+
+    __tablename__ = "launch_intents"
+    __table_args__ = (
+        UniqueConstraint("customer_id", "interruption_id"),
+        UniqueConstraint("customer_id", "plan_id", "step_no"),
+        UniqueConstraint("customer_id", "id"),
+        ForeignKeyConstraint(
+            ["customer_id", "cluster_id"], ["clusters.customer_id", "clusters.id"], ondelete="CASCADE"
+        ),
+        CheckConstraint(
+            one_of("state", "planned", "launching", "launched", "ready", "exhausted", "cancelled", "blocked"),
+            name="state",
+        ),
+        CheckConstraint("(interruption_id IS NULL) <> (plan_id IS NULL)", name="one_origin"),
+        Index(
+            "ix_launch_intents_work",
+            "next_action_at",
+            postgresql_where=text("state IN ('planned', 'launching', 'launched', 'blocked')"),
+        ),
+    )
+
+    customer_id: Mapped[UUID]
+    cluster_id: Mapped[UUID]
+    interruption_id: Mapped[UUID | None]
+    plan_id: Mapped[UUID | None]
+    step_no: Mapped[int | None]
+    requirements: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(server_default="planned")
+    reason: Mapped[str | None]
+    decided_by: Mapped[str | None]
+    deadline_at: Mapped[datetime]
+    version: Mapped[int] = mapped_column(server_default="1")
+    lease_epoch: Mapped[int] = mapped_column(server_default="0")
+    lease_until: Mapped[datetime | None]
+    leased_by: Mapped[str | None]
+    next_action_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class LaunchBatch(HasId, HasCreatedAt, Base):
+    """One RunInstances call, frozen before it is made: the ClientToken and the request are re-sent byte for byte."""
+
+    __tablename__ = "launch_batches"
+    __table_args__ = (
+        UniqueConstraint("client_token"),
+        UniqueConstraint("customer_id", "id"),
+        ForeignKeyConstraint(
+            ["customer_id", "cluster_id"], ["clusters.customer_id", "clusters.id"], ondelete="CASCADE"
+        ),
+        CheckConstraint("length(client_token) BETWEEN 1 AND 64", name="client_token_length"),
+        CheckConstraint(one_of("state", "calling", "unknown", "answered", "failed", "abandoned"), name="state"),
+        Index("ix_launch_batches_work", "next_action_at", postgresql_where=text("state IN ('calling', 'unknown')")),
+    )
+
+    customer_id: Mapped[UUID]
+    cluster_id: Mapped[UUID]
+    region: Mapped[str]
+    client_token: Mapped[str]
+    request_json: Mapped[str]
+    size: Mapped[int]
+    state: Mapped[str] = mapped_column(server_default="calling")
+    calls: Mapped[int] = mapped_column(server_default="0")
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    first_called_at: Mapped[datetime | None]
+    version: Mapped[int] = mapped_column(server_default="1")
+    lease_epoch: Mapped[int] = mapped_column(server_default="0")
+    lease_until: Mapped[datetime | None]
+    leased_by: Mapped[str | None]
+    next_action_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class LaunchAttempt(HasId, HasCreatedAt, Base):
+    """One try to satisfy an intent: one slot of one batch. Two live attempts of an intent cannot exist."""
+
+    __tablename__ = "launch_attempts"
+    __table_args__ = (
+        UniqueConstraint("intent_id", "attempt_no"),
+        UniqueConstraint("batch_id", "slot"),
+        UniqueConstraint("customer_id", "instance_id"),
+        Index(
+            "uq_launch_attempts_live",
+            "intent_id",
+            unique=True,
+            postgresql_where=text(one_of("state", *LIVE_ATTEMPT_STATES)),
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "intent_id"], ["launch_intents.customer_id", "launch_intents.id"], ondelete="CASCADE"
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "batch_id"], ["launch_batches.customer_id", "launch_batches.id"], ondelete="CASCADE"
+        ),
+        CheckConstraint(
+            one_of("state", *LIVE_ATTEMPT_STATES, "failed", "terminating", "terminated", "abandoned"), name="state"
+        ),
+        CheckConstraint(one_of("node_type", "spot", "on-demand"), name="node_type"),
+    )
+
+    customer_id: Mapped[UUID]
+    intent_id: Mapped[UUID]
+    attempt_no: Mapped[int]
+    batch_id: Mapped[UUID]
+    slot: Mapped[int]
+    instance_type: Mapped[str]
+    availability_zone: Mapped[str]
+    node_type: Mapped[str]
+    price_usd_per_hour: Mapped[float | None]
+    state: Mapped[str] = mapped_column(server_default="planned")
+    instance_id: Mapped[str | None]
+    failure: Mapped[str | None]
+    launched_at: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    version: Mapped[int] = mapped_column(server_default="1")

@@ -1,0 +1,68 @@
+"""People, keys and the audit log."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, UniqueConstraint, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
+
+ROLES = ("platform_admin", "customer_admin", "analyst", "ml_server", "agent")
+
+
+class User(HasId, HasCreatedAt, Base):
+    """A person. Platform admins belong to no customer."""
+
+    __tablename__ = "users"
+    __table_args__ = (
+        UniqueConstraint("email"),
+        CheckConstraint(one_of("role", *ROLES), name="role"),
+    )
+
+    customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    email: Mapped[str]
+    password_hash: Mapped[str]
+    role: Mapped[str]
+    disabled_at: Mapped[datetime | None]
+
+
+class ApiKey(HasId, HasCreatedAt, Base):
+    """A program's key: ``prefix.secret``, the secret kept only as an HMAC with a pepper from the environment."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        UniqueConstraint("prefix"),
+        CheckConstraint(one_of("role", *ROLES), name="role"),
+        CheckConstraint("role <> 'agent' OR (customer_id IS NOT NULL AND cluster_id IS NOT NULL)", name="agent_bound"),
+    )
+
+    customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    cluster_id: Mapped[UUID | None] = mapped_column(ForeignKey("clusters.id", ondelete="CASCADE"))
+    name: Mapped[str]
+    role: Mapped[str]
+    prefix: Mapped[str]
+    secret_hmac: Mapped[bytes] = mapped_column(LargeBinary)
+    last_used_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class AuditLog(Base):
+    """Append-only, hash-chained per customer; UPDATE and DELETE are refused by grant and trigger."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_customer", "customer_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    customer_id: Mapped[UUID | None]
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+    previous_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    entry_hash: Mapped[bytes] = mapped_column(LargeBinary)

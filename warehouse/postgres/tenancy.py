@@ -1,0 +1,73 @@
+"""Row-level security: the second wall below the tenant scope of every repository call.
+
+Two group roles hold all rights; nobody works as the tables' owner. ``cloudoptim_tenant`` sees rows whose
+``customer_id`` is the transaction's ``app.customer_id``; ``cloudoptim_system`` sees all rows. Security is forced, so
+it holds for the owner too. A setting that was never made, or made empty by an earlier transaction on the same
+connection, matches nothing.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Table
+
+from warehouse.postgres.models import Base
+from warehouse.postgres.session import ML_ROLE, SYSTEM_ROLE, TENANT_ROLE
+
+CURRENT_CUSTOMER = "nullif(current_setting('app.customer_id', true), '')::uuid"
+
+# Rows without a customer in these tables describe pools and prices and may be read by everyone.
+SHARED_WHEN_NULL = frozenset({"predictions", "data_gaps"})
+
+
+def tenant_tables() -> list[Table]:
+    """Tables that carry tenant data: those with a customer_id, and the customers themselves."""
+    return [table for table in Base.metadata.sorted_tables if "customer_id" in table.c or table.name == "customers"]
+
+
+def role_statements() -> list[str]:
+    """Create the roles where they are missing (roles belong to the whole server) and let the login use them."""
+    create = """
+        DO $$ BEGIN
+            CREATE ROLE {role} NOLOGIN NOBYPASSRLS;
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+        END $$"""
+    # Granting a role one already has is an update of the same catalogue row: two migrations at once would collide.
+    grant = """
+        DO $$ BEGIN
+            IF NOT pg_has_role(current_user, '{role}', 'MEMBER') OR NOT EXISTS (
+                SELECT FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
+                WHERE r.rolname = '{role}' AND m.member = current_user::regrole
+            ) THEN
+                PERFORM pg_advisory_xact_lock(hashtext('cloudoptim.roles'));
+                EXECUTE 'GRANT {role} TO ' || quote_ident(current_user);
+            END IF;
+        END $$"""
+    return [create.format(role=role) for role in (TENANT_ROLE, SYSTEM_ROLE, ML_ROLE)] + [
+        grant.format(role=role) for role in (TENANT_ROLE, SYSTEM_ROLE)
+    ]
+
+
+def tenant_table_statements(table: str, *, append_only: bool = False) -> list[str]:
+    """Rights, forced row-level security and the two policies of one table that carries tenant data.
+
+    Called by migrations with the tables they create.
+    """
+    column = "id" if table == "customers" else "customer_id"
+    visible = f"{column} = {CURRENT_CUSTOMER}"
+    using = f"{column} IS NULL OR {visible}" if table in SHARED_WHEN_NULL else visible
+    rights = "SELECT, INSERT" if append_only else "SELECT, INSERT, UPDATE, DELETE"
+    return [
+        f"GRANT {rights} ON {table} TO {SYSTEM_ROLE}, {TENANT_ROLE}",
+        f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY",
+        f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY",
+        f"CREATE POLICY tenant ON {table} TO {TENANT_ROLE} USING ({using}) WITH CHECK ({visible})",
+        f"CREATE POLICY system ON {table} TO {SYSTEM_ROLE} USING (true) WITH CHECK (true)",
+    ]
+
+
+def platform_table_statements(table: str, *, readable_by_tenants: bool = False) -> list[str]:
+    """Rights on one table that belongs to the platform."""
+    statements = [f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {SYSTEM_ROLE}"]
+    if readable_by_tenants:
+        statements.append(f"GRANT SELECT ON {table} TO {TENANT_ROLE}")
+    return statements
