@@ -1,0 +1,1 @@
+"""Agents: the task queue, metrics and events in, and the stream."""

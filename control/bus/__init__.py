@@ -1,0 +1,1 @@
+"""The event bus: doorbells, streams and the outbox."""
