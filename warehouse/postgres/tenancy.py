@@ -16,7 +16,7 @@ from warehouse.postgres.session import ML_ROLE, SYSTEM_ROLE, TENANT_ROLE
 CURRENT_CUSTOMER = "nullif(current_setting('app.customer_id', true), '')::uuid"
 
 # Rows without a customer in these tables describe pools and prices and may be read by everyone.
-SHARED_WHEN_NULL = frozenset({"predictions", "data_gaps"})
+SHARED_WHEN_NULL = frozenset({"predictions", "data_gaps", "partition_coverage"})
 
 
 def tenant_tables() -> list[Table]:

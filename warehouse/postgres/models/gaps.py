@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, UniqueConstraint, func
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
@@ -56,3 +56,25 @@ class GapFill(HasId, HasCreatedAt, Base):
     sources_used: Mapped[list[Any] | None]
     error: Mapped[str | None]
     finished_at: Mapped[datetime | None]
+
+
+class PartitionCoverage(Base):
+    """What one partition of one series holds, kept when it is written, so that looking for gaps reads kilobytes.
+
+    ``covered_from`` to ``covered_until`` is the stretch the writer asked its source for; ``detail`` holds what only
+    that table needs to find its gaps (e.g. the sampling instants of a price snapshot, the present 5-minute windows).
+    """
+
+    __tablename__ = "partition_coverage"
+
+    table_name: Mapped[str] = mapped_column(primary_key=True)
+    partition_key: Mapped[str] = mapped_column(primary_key=True)
+    series: Mapped[str] = mapped_column(primary_key=True)
+    customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    covered_from: Mapped[datetime]
+    covered_until: Mapped[datetime]
+    expected_points: Mapped[int] = mapped_column(BigInteger)
+    present_points: Mapped[int] = mapped_column(BigInteger)
+    detail: Mapped[dict[str, Any]]
+    run_id: Mapped[str]
+    written_at: Mapped[datetime] = mapped_column(server_default=func.now())
