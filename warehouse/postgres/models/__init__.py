@@ -5,12 +5,15 @@ from warehouse.postgres.models.clusters import Cluster, Node
 from warehouse.postgres.models.customers import Customer, CustomerConfig, IntakeHealth
 from warehouse.postgres.models.gaps import DataGap, GapFill, PartitionCoverage
 from warehouse.postgres.models.interruptions import (
+    Deployment,
     InboxMessage,
     Interruption,
     InterruptionHistory,
     LaunchAttempt,
     LaunchBatch,
     LaunchIntent,
+    LaunchTemplate,
+    PoolStanding,
     SpotEventRecord,
 )
 from warehouse.postgres.models.lake import LakeRelease
@@ -32,6 +35,7 @@ __all__ = [
     "Customer",
     "CustomerConfig",
     "DataGap",
+    "Deployment",
     "DirtyPartition",
     "GapFill",
     "InboxMessage",
@@ -42,6 +46,7 @@ __all__ = [
     "LaunchAttempt",
     "LaunchBatch",
     "LaunchIntent",
+    "LaunchTemplate",
     "MetricBatch",
     "MetricSample",
     "MetricsSummary",
@@ -53,6 +58,7 @@ __all__ = [
     "Outbox",
     "PartitionCoverage",
     "PlanStep",
+    "PoolStanding",
     "PredictionRecord",
     "SavingsStatement",
     "SpotEventRecord",

@@ -57,6 +57,7 @@ class Node(HasId, HasCreatedAt, Base):
             ["customer_id", "cluster_id"], ["clusters.customer_id", "clusters.id"], ondelete="CASCADE"
         ),
         Index("ix_nodes_instance_id", "customer_id", "instance_id"),
+        Index("ix_nodes_by_instance", "instance_id"),
         Index("ix_nodes_live", "cluster_id", postgresql_where=text("terminated_at IS NULL")),
         CheckConstraint(one_of("node_type", "spot", "on-demand"), name="node_type"),
         CheckConstraint(one_of("status", "pending", "ready", "not_ready", "cordoned", "terminated"), name="status"),

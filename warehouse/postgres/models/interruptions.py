@@ -112,6 +112,8 @@ class Interruption(HasId, HasCreatedAt, Base):
     outcome: Mapped[str | None]
     reason: Mapped[str | None]
     version: Mapped[int] = mapped_column(server_default="1")
+    # A drain follows once the replacement is Ready (policy pre_spin).
+    drain_pending: Mapped[bool] = mapped_column(server_default="false")
     instance_gone_at: Mapped[datetime | None]
     closed_at: Mapped[datetime | None]
 
@@ -173,6 +175,60 @@ class LaunchIntent(HasId, HasCreatedAt, Base):
     lease_until: Mapped[datetime | None]
     leased_by: Mapped[str | None]
     next_action_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class LaunchTemplate(HasId, Base):
+    """How nodes of a cluster are launched: image, subnet per zone, security groups, profile, user data.
+
+    Derived from running instances, because EC2 forgets the subnet and groups of a terminated one within minutes.
+    ``fingerprint`` is the SHA-256 of the content; ``instance_ids`` are those last seen launched this way.
+    """
+
+    __tablename__ = "launch_templates"
+    __table_args__ = (
+        UniqueConstraint("cluster_id", "fingerprint"),
+        ForeignKeyConstraint(
+            ["customer_id", "cluster_id"], ["clusters.customer_id", "clusters.id"], ondelete="CASCADE"
+        ),
+        Index("ix_launch_templates_instances", "instance_ids", postgresql_using="gin"),
+    )
+
+    customer_id: Mapped[UUID]
+    cluster_id: Mapped[UUID]
+    fingerprint: Mapped[str]
+    template: Mapped[dict[str, Any]]
+    instance_ids: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class PoolStanding(Base):
+    """How a pool has treated one customer: every interruption and refused launch adds to ``penalty``, which halves
+    with time (control.interruptions.pools). ``zone_wide`` rows (instance_type ``*``) hold a whole zone back."""
+
+    __tablename__ = "pool_standings"
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
+    region: Mapped[str] = mapped_column(primary_key=True)
+    availability_zone: Mapped[str] = mapped_column(primary_key=True)
+    instance_type: Mapped[str] = mapped_column(primary_key=True)
+    penalty: Mapped[float]
+    updated_at: Mapped[datetime]
+    interruptions: Mapped[int] = mapped_column(server_default="0")
+    refusals: Mapped[int] = mapped_column(server_default="0")
+    rebalances: Mapped[int] = mapped_column(server_default="0")
+    last_reason: Mapped[str | None]
+
+
+class Deployment(Base):
+    """The mark of this database's history. ``adopt_only``: instances newer than the database may exist (it was
+    restored), so nothing is terminated until an operator lifts it."""
+
+    __tablename__ = "deployments"
+
+    deployment_id: Mapped[str] = mapped_column(primary_key=True)
+    adopt_only: Mapped[bool] = mapped_column(server_default="false")
+    reason: Mapped[str | None]
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class LaunchBatch(HasId, HasCreatedAt, Base):
