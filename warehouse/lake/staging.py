@@ -6,6 +6,7 @@ stream is.
 
 from __future__ import annotations
 
+import itertools
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -411,7 +412,7 @@ class Stager:
             data = data.take(pa.array(order))
             changes = np.flatnonzero(np.diff(codes)) + 1
         bounds = [0, *changes.tolist(), batch.num_rows]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             code, key = int(codes[start]), []
             for column in reversed(labels):
                 code, index = divmod(code, len(column))

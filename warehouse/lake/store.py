@@ -51,6 +51,8 @@ TABLE_PROPERTIES = {
     "delta.logRetentionDuration": "interval 400 days",
     # A kept release may be older than any retention, and it is read through its log: the log is never cut.
     "delta.enableExpiredLogCleanup": "false",
+    # Statistics of every column: they also tell which columns a file from before add_column holds.
+    "delta.dataSkippingNumIndexedCols": "-1",
 }
 
 # What a change rewrites without changing rows (compaction) is marked, so that readers of changes may skip it.
@@ -403,7 +405,7 @@ class Lake:
         for path, size, rows, partition in live_files(handle, spec, change.scopes):
             key = tuple(partition.values())
             before[key] = before.get(key, 0) + rows
-            removes.append(RemoveAction(path, data_change, now_ms, size, partition))
+            removes.append(RemoveAction(path, data_change, now_ms, size, {**partition}))
         adds = []
         for file in change.files:
             key = tuple(file.partition.values())

@@ -420,7 +420,7 @@ _TABLES = (
     ),
     TableSpec(
         "events",
-        "Every distinct event received, from any source. Rows without a customer were never matched to one: operators only.",
+        "Every distinct event received, from any source. Rows without a customer are for operators.",
         (
             _c("ts", TIMESTAMP, "when it was received"),
             _c("event_id", TEXT, "UUID as text"),

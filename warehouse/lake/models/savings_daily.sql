@@ -1,0 +1,131 @@
+-- Savings of each cluster and day against B1 list ("the same machines on demand"); negative savings are kept.
+--
+-- grain:      cluster x day x baseline
+-- keys:       customer_id, cluster_id, baseline, day
+-- units:      USD; coverage_ratio 0 to 1
+-- reads:      cluster_cost_hourly, node_cost_hourly, interruptions, spot_prices
+-- parameters: $first_day, $last_day, $as_of, $prices_from, $interruptions_from, $realised_after_days
+-- Only complete hours count; coverage_ratio says how many of the hours that have passed they are.
+--   gross            B1 - actual
+--   overlap          minutes in which an interrupted node and its replacement both ran, at the replacement's list
+--                    price: B1 counts that second machine, which nobody would have had without us
+--   fallback premium on-demand minutes of a replacement of a Spot node, at list price less the Spot price of the
+--                    interrupted pool as of the hour (never below zero)
+--   displaced commitment, rework: 0, not known yet
+--   net              gross - overlap - fallback premium - displaced commitment - rework
+WITH hours AS (
+    SELECT day, ts, customer_id, cluster_id, actual_usd, b1_list_usd, complete
+    FROM cluster_cost_hourly
+    WHERE day BETWEEN CAST($first_day AS DATE) AND CAST($last_day AS DATE)
+),
+days AS (
+    SELECT
+        day,
+        customer_id,
+        cluster_id,
+        coalesce(sum(b1_list_usd) FILTER (WHERE complete), 0) AS baseline_usd,
+        coalesce(sum(actual_usd) FILTER (WHERE complete), 0) AS actual_usd,
+        count(*) FILTER (WHERE complete) AS hours_covered,
+        -- A cluster younger than the day is expected from its first hour on, the current day up to now.
+        greatest(
+            date_diff('hour', min(ts), least(CAST(day + 1 AS TIMESTAMPTZ), date_trunc('hour', CAST($as_of AS TIMESTAMPTZ)))), 0
+        ) AS hours_expected
+    FROM hours
+    GROUP BY day, customer_id, cluster_id
+),
+replacements AS (
+    SELECT
+        customer_id,
+        replacement_instance_id AS instance_id,
+        min(zone_id) AS interrupted_zone_id,
+        min(instance_type) AS interrupted_type,
+        max(ended_at) AS interrupted_until
+    FROM interruptions
+    WHERE day BETWEEN CAST($interruptions_from AS DATE) AND CAST($last_day AS DATE)
+      AND replacement_instance_id IS NOT NULL
+    GROUP BY customer_id, replacement_instance_id
+),
+replacement_hours AS (
+    SELECT
+        cost.day,
+        cost.ts,
+        cost.customer_id,
+        cost.cluster_id,
+        cost.region,
+        cost.lifecycle,
+        cost.minutes,
+        cost.on_demand_usd_per_hour,
+        'Linux/UNIX' AS product,
+        replacements.interrupted_zone_id,
+        replacements.interrupted_type,
+        -- A node's minutes of its first hour are the last ones of that hour, so it started at hour end - minutes.
+        CASE
+            WHEN replacements.interrupted_until IS NULL THEN 0
+            ELSE greatest(0, least(
+                cost.minutes,
+                (epoch_us(replacements.interrupted_until) - epoch_us(cost.ts)) / 60000000.0
+                    - CASE WHEN cost.ts = min(cost.ts) OVER (PARTITION BY cost.customer_id, cost.instance_id)
+                           THEN 60 - cost.minutes ELSE 0 END
+            ))
+        END AS overlap_minutes
+    FROM node_cost_hourly AS cost
+    JOIN replacements USING (customer_id, instance_id)
+    JOIN hours ON hours.customer_id = cost.customer_id AND hours.cluster_id = cost.cluster_id AND hours.ts = cost.ts
+    WHERE cost.day BETWEEN CAST($first_day AS DATE) AND CAST($last_day AS DATE)
+      AND hours.complete
+),
+spot AS (
+    SELECT region, zone_id, instance_type, product, ts, price_usd_per_hour
+    FROM spot_prices
+    WHERE day BETWEEN CAST($prices_from AS DATE) AND CAST($last_day AS DATE)
+      AND instance_type IN (SELECT interrupted_type FROM replacements)
+),
+deductions AS (
+    SELECT
+        replacement_hours.day,
+        replacement_hours.customer_id,
+        replacement_hours.cluster_id,
+        sum(CAST(CAST(on_demand_usd_per_hour AS DOUBLE) * overlap_minutes / 60 AS DECIMAL(18, 8))) AS overlap_usd,
+        sum(CASE
+            WHEN lifecycle = 'on-demand' AND spot.price_usd_per_hour IS NOT NULL
+            THEN CAST(
+                greatest(CAST(on_demand_usd_per_hour AS DOUBLE) - CAST(spot.price_usd_per_hour AS DOUBLE), 0) * minutes / 60
+                AS DECIMAL(18, 8)
+            )
+            ELSE CAST(0 AS DECIMAL(18, 8))
+        END) AS fallback_premium_usd
+    FROM replacement_hours
+    ASOF LEFT JOIN spot
+        ON replacement_hours.region = spot.region
+        AND replacement_hours.interrupted_zone_id = spot.zone_id
+        AND replacement_hours.interrupted_type = spot.instance_type
+        AND replacement_hours.product = spot.product
+        AND replacement_hours.ts >= spot.ts
+    GROUP BY replacement_hours.day, replacement_hours.customer_id, replacement_hours.cluster_id
+)
+SELECT
+    days.customer_id,
+    days.cluster_id,
+    'b1_list' AS baseline,
+    CASE
+        WHEN CAST(days.day AS TIMESTAMPTZ) + INTERVAL 1 DAY + to_days(CAST($realised_after_days AS INTEGER))
+            <= CAST($as_of AS TIMESTAMPTZ) THEN 'realised'
+        ELSE 'estimated'
+    END AS stage,
+    CAST(baseline_usd AS DECIMAL(18, 8)) AS baseline_usd,
+    CAST(actual_usd AS DECIMAL(18, 8)) AS actual_usd,
+    CAST(baseline_usd - actual_usd AS DECIMAL(18, 8)) AS gross_usd,
+    CAST(coalesce(overlap_usd, 0) AS DECIMAL(18, 8)) AS overlap_usd,
+    CAST(coalesce(fallback_premium_usd, 0) AS DECIMAL(18, 8)) AS fallback_premium_usd,
+    CAST(0 AS DECIMAL(18, 8)) AS displaced_commitment_usd,
+    CAST(0 AS DECIMAL(18, 8)) AS rework_usd,
+    CAST(
+        baseline_usd - actual_usd - coalesce(overlap_usd, 0) - coalesce(fallback_premium_usd, 0) AS DECIMAL(18, 8)
+    ) AS net_usd,
+    hours_covered,
+    CASE WHEN hours_expected = 0 THEN 0.0 ELSE least(1.0, hours_covered / hours_expected) END AS coverage_ratio,
+    'observed' AS source,
+    days.day
+FROM days
+LEFT JOIN deductions USING (day, customer_id, cluster_id)
+ORDER BY days.customer_id, days.cluster_id, days.day
