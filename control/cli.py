@@ -1,0 +1,169 @@
+"""The `cloudoptim` command. Every subcommand runs in the foreground and imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from control.settings import Settings
+
+app = typer.Typer(
+    name="cloudoptim",
+    help="Cut Kubernetes cost on AWS with Spot instances, safely. Start with `cloudoptim up`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+sandbox_app = typer.Typer(help="An AWS account, a market and clusters that live on this machine.", no_args_is_help=True)
+lake_app = typer.Typer(help="The lake of computed numbers.", no_args_is_help=True)
+app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(lake_app, name="lake")
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line that a person can act on."""
+    print(f"cloudoptim: {message}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(1)
+
+
+def _variable(alias: str) -> str:
+    """The variable that is set, of those that mean the same setting (pydantic names the first of them)."""
+    from pydantic import AliasChoices
+
+    from control.settings import Settings
+
+    for field in Settings.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices) and alias in field.validation_alias.choices:
+            return next((str(name) for name in field.validation_alias.choices if str(name) in os.environ), alias)
+    return alias
+
+
+def load_settings() -> Settings:
+    """The settings, or the end with one line that names the variable."""
+    from pydantic import ValidationError
+
+    from control.settings import SettingsError, get_settings
+
+    try:
+        return get_settings()
+    except ValidationError as error:
+        fail("; ".join(f"{_variable(str(detail['loc'][0]))}: {detail['msg']}" for detail in error.errors()))
+    except SettingsError as error:
+        fail(str(error))
+
+
+@app.command()
+def up(
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show every log line with its process's name.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Names, comma separated: start these and what they need.")] = "",
+) -> None:
+    """Start everything on this machine; with no real AWS settings, with a sandbox."""
+    from control.supervisor.up import Up
+
+    names = tuple(name.strip() for name in only.split(",") if name.strip())
+    raise SystemExit(Up(load_settings(), only=names, follow=follow).run())
+
+
+@app.command()
+def migrate(
+    with_dagster: Annotated[bool, typer.Option("--with-dagster", help="Also Dagster's schema.")] = False,
+    revision: Annotated[str, typer.Option(help="Where to go.")] = "head",
+) -> None:
+    """Bring the database's schema up to date."""
+    from control.settings import SettingsError
+    from control.supervisor import checks
+    from control.supervisor.errors import UpError
+    from warehouse.postgres.migrate import upgrade
+
+    settings = load_settings()
+    try:
+        checks.check_database(settings.database_url)
+        upgrade(settings.database_url, revision)
+        if with_dagster:
+            from control.supervisor.dagster_home import migrate_dagster
+
+            migrate_dagster(settings.home, settings.database_url)
+    except (SettingsError, UpError) as error:
+        fail(str(error))
+
+
+@app.command()
+def control() -> None:
+    """The REST API, WebSockets and event bus (one ASGI app)."""
+    import uvicorn
+
+    settings = load_settings()
+    uvicorn.run(
+        "control.app:create_app",
+        factory=True,
+        host=settings.host,
+        port=settings.control_port,
+        workers=settings.workers,
+        log_level=settings.log_level.lower(),
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
+
+
+@app.command()
+def worker() -> None:
+    """Interruptions, plans, reconcilers, outbox and notifications; any number may run."""
+    from control.worker import main
+
+    main()
+
+
+@app.command()
+def dashboards() -> None:
+    """The pages for people."""
+    # The one place that looks up: the command line starts the wing above, nothing else here knows it.
+    from importlib import import_module
+
+    import_module("dashboards.app").main()
+
+
+@app.command()
+def agent() -> None:
+    """The reference agent of one cluster."""
+    from control.agent.main import main
+
+    main()
+
+
+@sandbox_app.command("run")
+def sandbox_run() -> None:
+    """Run the sandbox in the foreground."""
+    from control.sandbox.main import run
+
+    run(load_settings())
+
+
+@lake_app.command("sql")
+def lake_sql(
+    query: Annotated[str, typer.Argument(help="One SELECT statement over the lake's tables.")],
+    output: Annotated[str, typer.Option("--format", help="table, json or parquet.")] = "table",
+    file: Annotated[Path | None, typer.Option("--out", help="Write here instead of the screen.")] = None,
+) -> None:
+    """Ask the lake, read-only, at its newest release."""
+    from control.supervisor.lake_sql import run_query
+
+    run_query(load_settings(), query, output, file)
+
+
+@app.command()
+def doctor() -> None:
+    """Check every dependency and setting, and say what to do."""
+    from control.supervisor.doctor import run_doctor
+
+    raise SystemExit(run_doctor(os.environ))
+
+
+if __name__ == "__main__":
+    app()

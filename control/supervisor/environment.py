@@ -1,0 +1,145 @@
+"""Where things are for one home: ports, generated secrets, and the variables every process gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from control.embedded import free_port
+from control.embedded.process import private_text, write_private
+from control.supervisor.errors import UpError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Marks every process of one home, so that a later start finds what an earlier one left behind.
+HOME_MARK = "CLOUDOPTIM_UP_HOME"
+
+REAL_AWS_VARIABLES = ("AWS_ACCOUNT_ID", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_ENDPOINT_URL")
+
+
+@dataclass(frozen=True)
+class PortRule:
+    """How one port is chosen: its variables (the first is named in messages), its default, and who may see it."""
+
+    variables: tuple[str, ...]
+    default: int
+    public: bool = False
+
+
+# Internal defaults lie below the kernel's ephemeral range, so that no outgoing connection takes them.
+PORTS = {
+    "control": PortRule(("CENTRAL_SERVER_PORT", "CLOUDOPTIM_CONTROL_PORT"), 8000, public=True),
+    "dagster": PortRule(("CLOUDOPTIM_DAGSTER_PORT",), 3000, public=True),
+    "dashboards": PortRule(("CLOUDOPTIM_DASHBOARDS_PORT",), 5006, public=True),
+    "postgres": PortRule(("CLOUDOPTIM_POSTGRES_PORT",), 15432),
+    "redis": PortRule(("CLOUDOPTIM_REDIS_PORT",), 16379),
+    "sandbox": PortRule(("CLOUDOPTIM_SANDBOX_PORT",), 14566),
+    "dagster-code": PortRule(("CLOUDOPTIM_CODE_SERVER_PORT",), 14266),
+}
+
+SECRETS = {
+    "JWT_SECRET_KEY": "jwt_secret_key",
+    "API_KEY_SALT": "api_key_pepper",
+    "CLOUDOPTIM_MASTER_KEY": "master_key",
+    "CLOUDOPTIM_ADMIN_API_KEY": "admin_api_key",
+}
+
+# Small steady processes: two malloc arenas instead of eight per core, and no thread pool per library and core.
+FRUGAL = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "DAGSTER_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def uses_sandbox(environ: Mapping[str, str]) -> bool:
+    """CLOUDOPTIM_SANDBOX decides; unset, the sandbox runs unless some setting points at a real AWS account."""
+    wish = environ.get("CLOUDOPTIM_SANDBOX", "").strip().lower()
+    if wish:
+        return wish not in {"0", "false", "no", "off"}
+    return not any(environ.get(name) for name in REAL_AWS_VARIABLES)
+
+
+def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> dict[str, int]:
+    """The port of each name: its variable, else what this home used last, else the default.
+
+    A variable of 0 means any free port, kept for later starts. An internal default that is taken on the first start
+    gives way to a free port; a public one does not, because people know it.
+
+    Raises:
+        UpError: a variable is no port number.
+    """
+    kept_file = home / "ports.json"
+    kept: dict[str, int] = json.loads(kept_file.read_text()) if kept_file.exists() else {}
+    chosen: dict[str, int] = {}
+    for name in names:
+        rule = PORTS[name]
+        variable = next((variable for variable in rule.variables if environ.get(variable)), rule.variables[0])
+        text = environ.get(variable, "")
+        if text and not (text.isdigit() and int(text) < 65536):
+            raise UpError(f"{variable} is {text!r}; set it to a port number from 1 to 65535, or 0 for any free one")
+        if text and int(text):
+            chosen[name] = int(text)
+        elif text:
+            chosen[name] = kept.setdefault(name, free_port())
+        elif rule.public:
+            chosen[name] = rule.default
+        else:
+            chosen[name] = kept.setdefault(name, rule.default if port_is_free(rule.default) else free_port())
+    write_private(kept_file, json.dumps(kept))
+    return chosen
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError:
+            return False
+        return True
+
+
+def generated_secrets(home: Path, environ: Mapping[str, str], *, all_of_them: bool) -> dict[str, str]:
+    """The secrets to pass on: from the environment, else generated once below ``home/secrets`` (mode 0600).
+
+    Outside the sandbox only the first admin key is generated; the others are an operator's to set.
+    """
+    folder = home / "secrets"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    values = {}
+    for variable, name in SECRETS.items():
+        if environ.get(variable):
+            values[variable] = environ[variable]
+        elif all_of_them or variable == "CLOUDOPTIM_ADMIN_API_KEY":
+            values[variable] = private_text(folder / name, lambda: secrets.token_hex(32))
+    return values
+
+
+def sandbox_environment(port: int) -> dict[str, str]:
+    """Variables that send every AWS client to the sandbox and keep it from finding a real account's credentials."""
+    return {
+        "CLOUDOPTIM_SANDBOX": "1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "AKIACLOUDOPTIMSANDBX",
+        "AWS_SECRET_ACCESS_KEY": "sandbox",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_PROFILE": "",
+        "AWS_SESSION_TOKEN": "",
+        "AWS_ROLE_ARN": "",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "",
+    }

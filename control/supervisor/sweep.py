@@ -1,0 +1,48 @@
+"""Find and end processes of one home: what a killed `cloudoptim up` left behind, and grandchildren such as runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+from control.supervisor.environment import HOME_MARK
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Every process marked with this home or standing in it, without this one and its ancestors.
+
+    Postgres overwrites its environment, so its folder is looked at too.
+    """
+    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        if process.pid in mine:
+            continue
+        try:
+            if process.environ().get(HOME_MARK) == str(home) or Path(process.cwd()).is_relative_to(home / "postgres"):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def end_all(home: Path, *, grace_seconds: float) -> list[str]:
+    """End every process of the home, politely, then by force; returns the names of those that were there."""
+    processes = processes_of(home)
+    names = []
+    for process in processes:
+        try:
+            names.append(process.name())
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(processes, timeout=grace_seconds)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=2)
+    return names
