@@ -5,6 +5,7 @@ Names follow the documentation's table; a wrong value ends the start with one li
 
 from __future__ import annotations
 
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
@@ -64,6 +65,8 @@ class Settings(BaseSettings):
     aws_account_id: str = Field("", validation_alias=_env("AWS_ACCOUNT_ID"))
     aws_endpoint_url: str = Field("", validation_alias=_env("AWS_ENDPOINT_URL"))
     price_regions: str = Field("us-east-1,us-east-2,eu-west-1", validation_alias=_env("CLOUDOPTIM_PRICE_REGIONS"))
+    # First day the pipelines know partitions of. Earlier days need it moved back, as for a replay of old prices.
+    data_start: date = Field(date(2026, 1, 1), validation_alias=_env("CLOUDOPTIM_DATA_START"))
     ml_server_url: str = Field("", validation_alias=_env("ML_SERVER_URL"))
     ml_server_api_key: SecretStr = Field(SecretStr(""), validation_alias=_env("ML_SERVER_API_KEY"))
 

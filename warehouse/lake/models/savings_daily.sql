@@ -39,7 +39,8 @@ replacements AS (
         replacement_instance_id AS instance_id,
         min(zone_id) AS interrupted_zone_id,
         min(instance_type) AS interrupted_type,
-        max(ended_at) AS interrupted_until
+        max(ended_at) AS interrupted_until,
+        min(replacement_launched_at) AS launched_at
     FROM interruptions
     WHERE day BETWEEN CAST($interruptions_from AS DATE) AND CAST($last_day AS DATE)
       AND replacement_instance_id IS NOT NULL
@@ -58,14 +59,14 @@ replacement_hours AS (
         'Linux/UNIX' AS product,
         replacements.interrupted_zone_id,
         replacements.interrupted_type,
-        -- A node's minutes of its first hour are the last ones of that hour, so it started at hour end - minutes.
         CASE
-            WHEN replacements.interrupted_until IS NULL THEN 0
+            WHEN replacements.interrupted_until IS NULL OR replacements.launched_at IS NULL THEN 0
             ELSE greatest(0, least(
                 cost.minutes,
-                (epoch_us(replacements.interrupted_until) - epoch_us(cost.ts)) / 60000000.0
-                    - CASE WHEN cost.ts = min(cost.ts) OVER (PARTITION BY cost.customer_id, cost.instance_id)
-                           THEN 60 - cost.minutes ELSE 0 END
+                (
+                    epoch_us(least(replacements.interrupted_until, cost.ts + INTERVAL 1 HOUR))
+                    - epoch_us(greatest(replacements.launched_at, cost.ts))
+                ) / 60000000.0
             ))
         END AS overlap_minutes
     FROM node_cost_hourly AS cost
