@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     master_key: SecretStr = Field(SecretStr(""), validation_alias=_env("CLOUDOPTIM_MASTER_KEY"))
     admin_api_key: SecretStr = Field(SecretStr(""), validation_alias=_env("CLOUDOPTIM_ADMIN_API_KEY"))
 
+    # Limits and outbound guard of the API. "none" as a limit switches it off (load tests).
+    rate_limit_per_key: str = Field("6000/minute", validation_alias=_env("CLOUDOPTIM_RATE_LIMIT_PER_KEY"))
+    rate_limit_per_customer: str = Field("30000/minute", validation_alias=_env("CLOUDOPTIM_RATE_LIMIT_PER_CUSTOMER"))
+    trusted_proxies: str = Field("", validation_alias=_env("CLOUDOPTIM_TRUSTED_PROXIES"))
+    outbound_allow_setting: str = Field("", validation_alias=_env("CLOUDOPTIM_OUTBOUND_ALLOW_CIDRS"))
+
     # One deployment's mark on everything it launches; a restored database with another mark adopts before it acts.
     deployment_id: str = Field("cloudoptim", validation_alias=_env("CLOUDOPTIM_DEPLOYMENT_ID"), max_length=64)
 
@@ -136,6 +142,12 @@ class Settings(BaseSettings):
     def dagster_url(self) -> str:
         """Address of the Dagster webserver."""
         return self.dagster_url_setting or f"http://127.0.0.1:{self.dagster_port}"
+
+    @property
+    def outbound_allow(self) -> str:
+        """Private networks customers' endpoints may be in; the sandbox's are on loopback."""
+        loopback = "127.0.0.0/8,::1/128" if self.sandbox else ""
+        return ",".join(part for part in (self.outbound_allow_setting, loopback) if part)
 
     @property
     def regions(self) -> list[str]:

@@ -20,7 +20,7 @@ from warehouse.postgres.models.lake import LakeRelease
 from warehouse.postgres.models.metrics import DirtyPartition, MetricBatch, MetricSample, MetricsSummary
 from warehouse.postgres.models.optimization import OptimizationHistory, PlanStep
 from warehouse.postgres.models.outbox import Notification, Outbox
-from warehouse.postgres.models.people import ApiKey, AuditLog, User
+from warehouse.postgres.models.people import ApiKey, AuditLog, User, UserSession
 from warehouse.postgres.models.predictions import MlModel, PredictionRecord
 from warehouse.postgres.models.prices import OnDemandPrice, SpotPriceCurrent
 from warehouse.postgres.models.statements import SavingsStatement
@@ -65,5 +65,6 @@ __all__ = [
     "SpotPriceCurrent",
     "TaskReport",
     "User",
+    "UserSession",
     "new_id",
 ]

@@ -30,6 +30,19 @@ class User(HasId, HasCreatedAt, Base):
     disabled_at: Mapped[datetime | None]
 
 
+class UserSession(HasId, HasCreatedAt, Base):
+    """One sign-in. ``refresh_token_id`` is the only refresh token it accepts next; a used one ends the session."""
+
+    __tablename__ = "user_sessions"
+    __table_args__ = (Index("ix_user_sessions_expires_at", "expires_at"),)
+
+    customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    refresh_token_id: Mapped[UUID]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
 class ApiKey(HasId, HasCreatedAt, Base):
     """A program's key: ``prefix.secret``, the secret kept only as an HMAC with a pepper from the environment."""
 
