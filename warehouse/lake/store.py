@@ -95,6 +95,7 @@ class _Change:
 
     scopes: list[Scope]
     files: list[StagedFile]
+    operation: Operation = "replace"
 
 
 def libpq_dsn(dsn: str) -> str:
@@ -331,16 +332,20 @@ class Lake:
         run_id: str,
         code_version: str = "",
         note: str | None = None,
+        based_on: Release | None = None,
+        operation: Operation = "replace",
     ) -> Release:
         """Replace all the partitions in one release: readers see all of it or none.
 
         Returns the release (the current one when nothing changed). Each replaced partition is listed in it with its
-        rows before and after.
+        rows before and after. Who read a partition in order to change it passes the release it read as ``based_on``:
+        if any replaced partition changed since, nothing is published.
 
         Raises:
             LakeDataError: data does not fit its table; nothing was written.
             LakeBusyError: another writer held the lock for ``LOCK_TIMEOUT_SECONDS``.
-            LakeConflictError: someone commits to the tables without this class.
+            LakeConflictError: a replaced partition changed since ``based_on`` (read it again and repeat), or someone
+                commits to the tables without this class.
         """
         staged: list[Staged] = []
         try:
@@ -351,7 +356,7 @@ class Lake:
                     staged.append(self.stage(write.table, write.partition, write.data))
             changes: dict[str, _Change] = {}
             for item in staged:
-                change = changes.setdefault(item.table, _Change([], []))
+                change = changes.setdefault(item.table, _Change([], [], operation))
                 for scope in change.scopes:
                     if scope.overlaps(item.scope):
                         raise LakeDataError(
@@ -360,7 +365,7 @@ class Lake:
                         )
                 change.scopes.append(item.scope)
                 change.files.extend(item.files)
-            release = self._commit(changes, run_id, code_version, note, "replace")
+            release = self._commit(changes, run_id, code_version, note, based_on)
         except BaseException:
             for item in staged:
                 self.discard(item)
@@ -371,20 +376,42 @@ class Lake:
         return release
 
     def _commit(
-        self, changes: Mapping[str, _Change], run_id: str, code_version: str, note: str | None, operation: Operation
+        self,
+        changes: Mapping[str, _Change],
+        run_id: str,
+        code_version: str,
+        note: str | None,
+        based_on: Release | None,
     ) -> Release:
         with self._locked() as session:
             latest = self._current(session)
             versions = dict(latest.versions)
             replaced: list[dict[str, Any]] = []
             for table, change in changes.items():
+                if table not in versions:
+                    raise LakeReleaseError(f"lake table {table} was never created; run `cloudoptim migrate`")
                 handle = self._at_release(table, versions[table])
-                version = self._commit_table(handle, table, change, run_id, code_version, operation, replaced)
-                versions[table] = version
+                if based_on is not None:
+                    self._refuse_changed(handle, table, change, based_on, versions[table])
+                versions[table] = self._commit_table(handle, table, change, run_id, code_version, replaced)
             if versions == dict(latest.versions):
                 return latest
             rows = sum(entry["rows"] for entry in replaced)
             return self._release(session, latest, versions, replaced, rows, run_id, code_version, note)
+
+    def _refuse_changed(
+        self, handle: DeltaTable, table: str, change: _Change, based_on: Release, released: int
+    ) -> None:
+        if based_on.versions[table] == released:
+            return
+        spec = self.spec(table)
+        then = {path for path, *_ in live_files(self.delta_table(table, based_on.versions[table]), spec, change.scopes)}
+        now = {path for path, *_ in live_files(handle, spec, change.scopes)}
+        if then != now:
+            raise LakeConflictError(
+                f"table {table}: {', '.join(map(str, change.scopes))} changed since release {based_on.id} was read; "
+                "read it again and repeat"
+            )
 
     def _commit_table(
         self,
@@ -393,13 +420,12 @@ class Lake:
         change: _Change,
         run_id: str,
         code_version: str,
-        operation: Operation,
         replaced: list[dict[str, Any]],
     ) -> int:
         spec = self.spec(table)
         before: dict[tuple[str, ...], int] = {}
         after: dict[tuple[str, ...], int] = {}
-        data_change = operation != "compact"
+        data_change = change.operation != "compact"
         now_ms = int(datetime.now(UTC).timestamp() * 1000)
         removes = []
         for path, size, rows, partition in live_files(handle, spec, change.scopes):
@@ -418,9 +444,9 @@ class Lake:
         if not adds and not removes:
             return handle.version()
         for key in sorted(before.keys() | after.keys()):
-            partition = dict(zip(spec.partition_by, key, strict=True))
+            entry = dict(zip(spec.partition_by, key, strict=True))
             rows_after, rows_before = after.get(key, 0), before.get(key, 0)
-            replaced.append({"table": table, "partition": partition, "rows_before": rows_before, "rows": rows_after})
+            replaced.append({"table": table, "partition": entry, "rows_before": rows_before, "rows": rows_after})
         base = handle.version()
         try:
             # Append with explicit removes is delta-rs' only commit that replaces several partitions at once; its
@@ -430,7 +456,7 @@ class Lake:
                 "append",
                 handle.schema(),
                 list(spec.partition_by),
-                commit_properties=_properties(operation, run_id, code_version),
+                commit_properties=_properties(change.operation, run_id, code_version),
             )
         except CommitFailedError as error:
             self._handles.pop(table, None)
@@ -496,6 +522,57 @@ class Lake:
     def releases(self, *, limit: int = 50) -> list[Release]:
         """The newest releases, newest first, expired ones included."""
         return [Release(*row) for row in self._read(f"{_SELECT} ORDER BY id DESC LIMIT %s", [limit])]
+
+    def keep(self, release_id: int, *, kept: bool = True, note: str | None = None) -> Release:
+        """Keep a release readable for good (a statement reads it), or let it go again.
+
+        Raises:
+            LakeReleaseError: there is no such release, or vacuum may already have removed its files.
+        """
+        with self._locked() as session:
+            self.release(release_id)
+            session.execute(
+                "UPDATE lake_releases SET kept = %s, note = coalesce(%s, note) WHERE id = %s", [kept, note, release_id]
+            )
+        return self.release(release_id)
+
+    def expire(self, *, released_before: datetime) -> list[int]:
+        """Mark releases before that moment as no longer readable, but for kept ones and the newest. Returns their ids.
+
+        Their files go with the next vacuum; their rows stay, for they are the lake's history.
+        """
+        with self._locked() as session:
+            rows = session.execute(
+                "UPDATE lake_releases SET expired_at = clock_timestamp() "
+                "WHERE released_at < %s AND NOT kept AND expired_at IS NULL "
+                "AND id < (SELECT max(id) FROM lake_releases) RETURNING id",
+                [released_before],
+            ).fetchall()
+        return sorted(row[0] for row in rows)
+
+    def readable_versions(self) -> dict[str, set[int]]:
+        """The versions of every table that a release which has not expired still reads."""
+        versions: dict[str, set[int]] = {}
+        for (release,) in self._read("SELECT versions FROM lake_releases WHERE expired_at IS NULL", []):
+            for table, version in release.items():
+                versions.setdefault(table, set()).add(version)
+        return versions
+
+    @contextmanager
+    def nothing_staged(self) -> Iterator[None]:
+        """Hold off staging for the time of the block.
+
+        Raises:
+            LakeBusyError: a process is staging files now.
+        """
+        with self._connect("cloudoptim lake vacuum") as session:
+            held = session.execute("SELECT pg_try_advisory_lock(%s)", [STAGING_LOCK]).fetchone()
+            if not held or not held[0]:
+                raise LakeBusyError(
+                    "files are being staged for a commit, and a short retention could remove them; use the default "
+                    "retention, or try again when no writer runs"
+                )
+            yield
 
     def _latest(self, session: psycopg.Connection) -> Release | None:
         row = session.execute(f"{_SELECT} ORDER BY id DESC LIMIT 1").fetchone()

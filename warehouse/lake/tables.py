@@ -285,7 +285,11 @@ _TABLES = (
             _c("baseline_usd", MONEY, "cost of the baseline over covered hours"),
             _c("actual_usd", MONEY, "cost over the same hours"),
             _c("gross_usd", MONEY, "baseline - actual"),
-            _c("overlap_usd", MONEY, "list value of minutes in which a node and its replacement both ran: B1 counts both"),
+            _c(
+                "overlap_usd",
+                MONEY,
+                "list value of minutes in which a node and its replacement both ran: B1 counts both",
+            ),
             _c("fallback_premium_usd", MONEY, "paid for on-demand hours where Spot was planned"),
             _c("displaced_commitment_usd", MONEY, "commitments paid for and left unused"),
             _c("rework_usd", MONEY, "work repeated after interruptions"),
