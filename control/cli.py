@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from control.settings import Settings
+
+Format = Literal["table", "json", "parquet"]
 
 app = typer.Typer(
     name="cloudoptim",
@@ -43,13 +45,17 @@ def _variable(alias: str) -> str:
     return alias
 
 
-def load_settings() -> Settings:
-    """The settings, or the end with one line that names the variable."""
+def load_settings(*, running: bool = False) -> Settings:
+    """The settings, or the end with one line that names the variable; ``running`` fills in a running `up`'s servers."""
     from pydantic import ValidationError
 
-    from control.settings import SettingsError, get_settings
+    from control.settings import Settings, SettingsError, get_settings
 
     try:
+        if running:
+            from control.commands.running import adopt_running
+
+            adopt_running(Settings().home, os.environ)  # type: ignore[call-arg]
         return get_settings()
     except ValidationError as error:
         fail("; ".join(f"{_variable(str(detail['loc'][0]))}: {detail['msg']}" for detail in error.errors()))
@@ -148,21 +154,30 @@ def sandbox_run() -> None:
 @lake_app.command("sql")
 def lake_sql(
     query: Annotated[str, typer.Argument(help="One SELECT statement over the lake's tables.")],
-    output: Annotated[str, typer.Option("--format", help="table, json or parquet.")] = "table",
+    output: Annotated[Format, typer.Option("--format", help="What to write.")] = "table",
     file: Annotated[Path | None, typer.Option("--out", help="Write here instead of the screen.")] = None,
+    customer: Annotated[str | None, typer.Option(help="Only this customer's rows.")] = None,
+    as_of: Annotated[str | None, typer.Option(help="As published at this time (ISO 8601, UTC).")] = None,
 ) -> None:
-    """Ask the lake, read-only, at its newest release."""
-    from control.supervisor.lake_sql import run_query
+    """Ask the lake, read-only, at its newest release or an older one."""
+    from control.commands.lake_sql import run_query
+    from control.settings import SettingsError
+    from warehouse.lake.errors import LakeError
 
-    run_query(load_settings(), query, output, file)
+    try:
+        note = run_query(load_settings(running=True), query, output, file, customer_id=customer, as_of=as_of)
+    except (LakeError, SettingsError, ValueError) as error:
+        fail(str(error))
+    if note:
+        typer.echo(note, err=True)
 
 
 @app.command()
 def doctor() -> None:
     """Check every dependency and setting, and say what to do."""
-    from control.supervisor.doctor import run_doctor
+    from control.commands.doctor import run_doctor
 
-    raise SystemExit(run_doctor(os.environ))
+    raise SystemExit(run_doctor(load_settings(running=True)))
 
 
 if __name__ == "__main__":

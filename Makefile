@@ -1,0 +1,60 @@
+# `make up` runs the product, `make test` proves it; everything else is below. The environment is .venv.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+# Test processes side by side; each has a Postgres and a Redis of its own.
+JOBS ?= auto
+PACKAGES := warehouse control cloudoptim_pipelines dashboards migrations tests
+STAMP := .venv/.installed
+
+.PHONY: help up install test lint format lock browser acceptance soak storm crash bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+up: install ## start everything (installs first when needed)
+	@exec .venv/bin/cloudoptim up $(ARGS)
+
+install: $(STAMP) ## make .venv from requirements.lock, hashes checked
+
+$(STAMP): requirements.lock pyproject.toml tools/install
+	@tools/install
+	@touch $@
+
+test: install browser ## the default lane, without the marked long ones
+	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
+
+acceptance: install ## the whole product on real input, figures printed
+	$(PYTEST) -m acceptance -s $(ARGS)
+
+soak: install ## long-running
+	$(PYTEST) -m soak $(ARGS)
+
+storm: install ## load
+	$(PYTEST) -m storm $(ARGS)
+
+crash: install ## kill -9 at every point
+	$(PYTEST) -m crash $(ARGS)
+
+bench: install ## speed figures beside a peer
+	$(PYTEST) -m benchmark -s $(ARGS)
+
+lint: install ## format, lint, types, layering
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy $(PACKAGES)
+	.venv/bin/lint-imports
+
+format: install ## rewrite to the house's format
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+browser: ## Chromium for browser tests: installed as root where missing, otherwise they say why they skip
+	@tools/browser
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	.venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --all-extras --upgrade \
+		--no-annotate --no-header --no-emit-index-url -q pyproject.toml -o requirements.lock
+
+clean: ## remove the environment and caches; data in CLOUDOPTIM_HOME stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

