@@ -1,8 +1,8 @@
 """EC2 instances with the launch semantics that matter for a controller, kept over restarts.
 
 An own store rather than moto's: moto 5.2.5 ignores ClientToken, MaxCount, capacity and visibility, keeps nothing
-over a restart, and its describe answers stop at 100; proxying around all of that would leave nothing of it. State is a function
-of time: an instance has moments (running_at, shutting_down_at, …) and what Describe says follows from the clock.
+over a restart, and its describe answers stop at 100; proxying around all of that would leave nothing of it. State is a
+function of time: an instance has moments (running_at, shutting_down_at, …), what Describe says follows from the clock.
 """
 
 import hashlib

@@ -111,8 +111,8 @@ def ec2_answer(call: Call, value: dict[str, Any]) -> Answer:
 def query_answer(call: Call, namespace: str, value: str) -> Answer:
     """A query-protocol answer; `value` is rendered XML (list elements have names of their own here)."""
     body = (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<{call.action}Response xmlns="{namespace}"><{call.action}Result>{value}'
-        f"</{call.action}Result><ResponseMetadata><RequestId>{call.request_id}</RequestId></ResponseMetadata>"
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<{call.action}Response xmlns="{namespace}">'
+        f"<{call.action}Result>{value}</{call.action}Result><ResponseMetadata><RequestId>{call.request_id}</RequestId></ResponseMetadata>"
         f"</{call.action}Response>"
     )
     return Answer(200, body.encode())
@@ -139,7 +139,8 @@ def error_answer(service: str, json: bool, request_id: str, error: AwsError) -> 
     if service == "ec2":
         body = (
             '<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error>'
-            f"<Code>{code}</Code><Message>{message}</Message></Error></Errors><RequestID>{request_id}</RequestID></Response>"
+            f"<Code>{code}</Code><Message>{message}</Message></Error></Errors>"
+            f"<RequestID>{request_id}</RequestID></Response>"
         )
     else:
         kind = "Sender" if error.status < 500 else "Receiver"

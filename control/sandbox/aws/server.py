@@ -255,7 +255,7 @@ class SandboxAWS:
         return self._sqs.url(self._sqs.create(account_id, region, name, attributes))
 
     def send_event(self, queue: str, body: str | dict[str, Any], *, delay_seconds: int = 0) -> str:
-        """Deliver a body (dicts as JSON) as EventBridge would; `queue` is a URL or account id. Answers the message id."""
+        """Deliver a body (dicts as JSON) as EventBridge would; `queue` is a URL or account id; answers the message id."""
         text = body if isinstance(body, str) else json.dumps(body)
         (message,) = self._sqs.send(self._queue(queue), [text], delay_seconds=delay_seconds)
         return message.id

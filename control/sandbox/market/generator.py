@@ -88,7 +88,7 @@ class Parameters:
     hazard_per_month_shares: tuple[float, ...] = (0.42, 0.22, 0.13, 0.09, 0.14)
     """Share of pools in AWS's five interruption classes <5 %, 5-10 %, 10-15 %, 15-20 %, >20 % a month."""
     hazard_pressure: float = 1.2
-    """A pool's hazard is multiplied by exp(hazard_pressure * pressure); pressure is x's distance from its mean in sd."""
+    """A pool's hazard is multiplied by exp(hazard_pressure * pressure); pressure: x's distance from its mean in sd."""
     scarce_share: float = 0.03
     """Share of half-day slots in which a family in a zone is short of capacity."""
     scarce_hazard_factor: float = 10.0
