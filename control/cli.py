@@ -82,21 +82,27 @@ def migrate(
     with_dagster: Annotated[bool, typer.Option("--with-dagster", help="Also Dagster's schema.")] = False,
     revision: Annotated[str, typer.Option(help="Where to go.")] = "head",
 ) -> None:
-    """Bring the database's schema up to date."""
+    """Bring the database's schema and the lake's tables up to date."""
     from control.settings import SettingsError
     from control.supervisor import checks
     from control.supervisor.errors import UpError
+    from warehouse.lake.errors import LakeError
+    from warehouse.lake.store import Lake
     from warehouse.postgres.migrate import upgrade
 
-    settings = load_settings()
+    settings = load_settings(running=True)
     try:
         checks.check_database(settings.database_url)
         upgrade(settings.database_url, revision)
+        if revision == "head":
+            lake = Lake(settings.lake_root, settings.database_url)
+            lake.create_tables()
+            lake.close()
         if with_dagster:
             from control.supervisor.dagster_home import migrate_dagster
 
             migrate_dagster(settings.home, settings.database_url)
-    except (SettingsError, UpError) as error:
+    except (SettingsError, UpError, LakeError) as error:
         fail(str(error))
 
 
@@ -135,12 +141,12 @@ def dashboards() -> None:
     import_module("dashboards.app").main()
 
 
-@app.command()
-def agent() -> None:
-    """The reference agent of one cluster."""
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def agent(context: typer.Context) -> None:
+    """The reference agent of one cluster; its own flags are listed by `cloudoptim agent --help`."""
     from control.agent.main import main
 
-    main()
+    main(context.args)
 
 
 @sandbox_app.command("run")

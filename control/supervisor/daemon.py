@@ -242,12 +242,10 @@ class Supervisord:
             transport.close()
 
 
-EXITED = re.compile(r"exited: (?P<name>\S+) \((?P<reason>[^;)]+)(?:; (?P<unexpected>not )?expected)?\)")
+EXITED = re.compile(r"exited: (?P<name>\S+) \((?P<reason>[^;)]+)")
 
 
 def read_exit(line: str) -> tuple[str, str] | None:
-    """Name and reason from a line of supervisord's log that tells of a process's unwanted end, else None."""
+    """Name and reason from a line of supervisord's log that tells of a process's end nobody asked for, else None."""
     match = EXITED.search(line)
-    if match is None or not match["unexpected"]:
-        return None
-    return match["name"], match["reason"]
+    return None if match is None else (match["name"], match["reason"])

@@ -191,8 +191,10 @@ def agent_programs(plan: Plan, sandbox: dict[str, Any]) -> list[Program]:
             ready=partial(_agent_spoke, plan.database_url, cluster["cluster_id"], since=started_at),
             environment={
                 "CLOUDOPTIM_AGENT_CLUSTER_ID": cluster["cluster_id"],
+                "CLOUDOPTIM_AGENT_CLUSTER_NAME": cluster["cluster_name"],
                 "CLOUDOPTIM_AGENT_KEY": cluster["agent_key"],
                 "CLOUDOPTIM_AGENT_K8S_ENDPOINT": cluster["k8s_endpoint"],
+                "CLOUDOPTIM_AGENT_K8S_TOKEN": cluster.get("k8s_token", ""),
             },
         )
         for customer in sandbox["customers"]
