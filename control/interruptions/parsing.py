@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from warehouse.contracts import EventKind, EventSource, InterruptionAction, SpotEvent
+from warehouse.contracts import EventKind, InterruptionAction, SpotEvent
 
 # The largest body SQS carries; longer ones can only come over the push endpoint.
 MAX_BODY_BYTES = 1 << 20

@@ -31,6 +31,11 @@ def driver_url(url: str) -> str:
     return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
+async def narrow(conn: AsyncConnection, customer_id: UUID) -> None:
+    """Drop from the system scope to one customer's for the rest of the transaction."""
+    await conn.execute(_SCOPE, {"role": TENANT_ROLE, "customer_id": str(customer_id)})
+
+
 class Database:
     """An asyncio connection pool with scoped transactions.
 

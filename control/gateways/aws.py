@@ -1,0 +1,428 @@
+"""AWS over asyncio: botocore knows the services' shapes, signatures and answers, httpx carries the bytes.
+
+boto3 has one blocking client per account and service; 200 customers' queues polled by one process would be 200
+threads. Here all accounts share the models and one connection pool, every call names its credentials, and nothing is
+retried behind the caller's back: a launch whose answer was lost must be repeated with its own stored token, not with
+one a client library makes up.
+
+    aws = AwsGateway(endpoint_url="", region="us-east-1")
+    credentials = await aws.assume(role)
+    answer = await aws.call("ec2", "DescribeInstances", {"InstanceIds": [...]}, region=region, credentials=credentials)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+from uuid import UUID
+
+import botocore.session
+import httpx
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from botocore.model import OperationModel, ServiceModel
+from botocore.parsers import ResponseParser, ResponseParserError, create_parser
+from botocore.serialize import create_serializer
+
+CONNECT_TIMEOUT_SECONDS = 3.0
+CALL_TIMEOUT_SECONDS = 15.0
+# Credentials live an hour and are renewed while they still work (C-15).
+ROLE_SESSION_SECONDS = 3600
+RENEW_BEFORE_SECONDS = 300
+# SQS's longest wait; the read may take that long plus the network.
+LONG_POLL_SECONDS = 20
+LONG_POLL_GRACE_SECONDS = 10.0
+# NTH's and Karpenter's value: a message whose handler died comes back with 95 s of its notice left (C-01).
+VISIBILITY_TIMEOUT_SECONDS = 20
+RECEIVE_BATCH = 10
+
+_QUEUE_HOST = re.compile(r"^(?:sqs\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?|([a-z0-9-]+)\.queue\.amazonaws\.com)$")
+_QUEUE_PATH = re.compile(r"^/(\d{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)$")
+
+
+class AwsError(Exception):
+    """AWS refused, failed or did not answer.
+
+    ``code`` is AWS's own error code, or ``Unreachable`` (nothing was sent), ``Unanswered`` (the call may have had its
+    effect) or ``BadAnswer``. ``definite`` is true only when AWS itself said no.
+    """
+
+    def __init__(self, operation: str, code: str, message: str, *, status: int = 0) -> None:
+        super().__init__(f"{operation}: {code}: {message}")
+        self.operation, self.code, self.message, self.status = operation, code, message, status
+
+    @property
+    def definite(self) -> bool:
+        """Whether AWS answered with a refusal, so that nothing happened."""
+        return 400 <= self.status < 500
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A customer's role as we may assume it. The external id is ours and never shown to anyone else."""
+
+    customer_id: UUID
+    role_arn: str
+    external_id: str
+
+    def __repr__(self) -> str:
+        return f"Role({self.customer_id}, {self.role_arn})"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueAddress:
+    """A queue URL taken apart: nothing is ever sent to the host a customer typed, only to AWS's own endpoint."""
+
+    url: str
+    region: str
+    account_id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SqsMessage:
+    """One received message."""
+
+    message_id: str
+    receipt_handle: str
+    body: str
+    sent_at: datetime | None
+    receive_count: int
+
+
+@dataclass(slots=True)
+class _Session:
+    credentials: Credentials
+    renew_at: float
+
+
+class AwsGateway:
+    """Calls to AWS with explicit credentials; one per process.
+
+    Args:
+        endpoint_url: replaces every service's address (the sandbox); empty for AWS itself.
+        region: used where a queue URL or a call names none.
+    """
+
+    def __init__(self, *, endpoint_url: str = "", region: str = "us-east-1") -> None:
+        self.endpoint_url, self.region = endpoint_url.rstrip("/"), region
+        self._botocore = botocore.session.get_session()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=60)
+        timeout = httpx.Timeout(CALL_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS)
+        # trust_env: AWS is reached through the proxy the operator's environment names, like boto3 does.
+        self._http = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
+        # Idle long polls live in a pool of their own: httpx walks its pool on every request.
+        self._polling = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
+        self._sessions: dict[tuple[str, str], _Session] = {}
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+        await self._polling.aclose()
+
+    # --- identity
+
+    async def own_credentials(self) -> Credentials:
+        """The server's own credentials, from the environment, a profile or the machine's role.
+
+        Raises:
+            AwsError: ``NoCredentials`` when there are none.
+        """
+        found = await asyncio.to_thread(self._botocore.get_credentials)
+        if found is None:
+            raise AwsError(
+                "AssumeRole",
+                "NoCredentials",
+                "the server has no AWS credentials of its own; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or run it with an instance profile or task role",
+            )
+        frozen = await asyncio.to_thread(found.get_frozen_credentials)
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+    async def assume(self, role: Role) -> Credentials:
+        """Credentials of a customer's role, cached and renewed five minutes early; concurrent callers share one call.
+
+        Raises:
+            AwsError: as STS answered, or ``NoCredentials``.
+        """
+        key = (role.role_arn, role.external_id)
+        session = self._sessions.get(key)
+        if session and time.monotonic() < session.renew_at:
+            return session.credentials
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            session = self._sessions.get(key)
+            if session and time.monotonic() < session.renew_at:
+                return session.credentials
+            credentials, seconds = await self.assume_role(
+                role.role_arn, external_id=role.external_id, session_name=f"cloudoptim-{role.customer_id.hex}"
+            )
+            self._sessions[key] = _Session(credentials, time.monotonic() + max(seconds - RENEW_BEFORE_SECONDS, 5))
+            return credentials
+
+    def forget(self, role: Role) -> None:
+        """Drop cached credentials, after AWS called them expired or the customer left."""
+        self._sessions.pop((role.role_arn, role.external_id), None)
+
+    async def assume_role(
+        self, role_arn: str, *, external_id: str | None, session_name: str, seconds: int = ROLE_SESSION_SECONDS
+    ) -> tuple[Credentials, float]:
+        """One AssumeRole call, without a cache: the credentials and how many seconds they live.
+
+        ``external_id=None`` probes whether a role can be assumed without one, which must fail.
+        """
+        parameters: dict[str, Any] = {
+            "RoleArn": role_arn,
+            "RoleSessionName": session_name,
+            "DurationSeconds": seconds,
+        }
+        if external_id is not None:
+            parameters["ExternalId"] = external_id
+        answer = await self.call(
+            "sts", "AssumeRole", parameters, region=self.region, credentials=await self.own_credentials()
+        )
+        given = answer["Credentials"]
+        lives = (given["Expiration"] - datetime.now(UTC)).total_seconds()
+        # A wrong clock on either side must not make fresh credentials look old.
+        lives = min(max(lives, 60.0), float(seconds))
+        return Credentials(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"]), lives
+
+    # --- any call
+
+    async def call(
+        self,
+        service: str,
+        operation: str,
+        parameters: dict[str, Any],
+        *,
+        region: str,
+        credentials: Credentials,
+        timeout_seconds: float = CALL_TIMEOUT_SECONDS,
+    ) -> dict[str, Any]:
+        """One signed request and its parsed answer. No retries.
+
+        Raises:
+            AwsError: with AWS's code, or the reason there was no answer.
+        """
+        model, serializer, parser = _service(service)
+        shape = model.operation_model(operation)
+        request = serializer.serialize_to_request(parameters, shape)
+        body = request["body"]
+        content = urlencode(body).encode() if isinstance(body, dict) else body
+        url = self._endpoint(service, region) + request["url_path"]
+        response = await self._send(
+            self._http, operation, url, content, dict(request["headers"]), model, region, credentials, timeout_seconds
+        )
+        return _parse(operation, shape, parser, response)
+
+    async def pages(
+        self,
+        service: str,
+        operation: str,
+        parameters: dict[str, Any],
+        result: str,
+        *,
+        region: str,
+        credentials: Credentials,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Every item of a paged answer. Stops when the token is missing or empty, or repeats."""
+        token, seen = None, set()
+        while True:
+            page = await self.call(
+                service,
+                operation,
+                parameters | ({"NextToken": token} if token else {}),
+                region=region,
+                credentials=credentials,
+            )
+            for item in page.get(result, []):
+                yield item
+            token = page.get("NextToken")
+            if not token or token in seen:
+                return
+            seen.add(token)
+
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        operation: str,
+        url: str,
+        content: bytes,
+        headers: dict[str, str],
+        model: ServiceModel,
+        region: str,
+        credentials: Credentials,
+        timeout_seconds: float,
+    ) -> httpx.Response:
+        request = AWSRequest("POST", url, headers=headers, data=content)
+        SigV4Auth(credentials, model.signing_name, region).add_auth(request)
+        timeout = httpx.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS)
+        try:
+            return await client.post(url, content=content, headers=dict(request.headers.items()), timeout=timeout)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise AwsError(operation, "Unreachable", f"{urlsplit(url).netloc}: {type(error).__name__}") from error
+        except httpx.HTTPError as error:
+            raise AwsError(operation, "Unanswered", type(error).__name__) from error
+
+    def _endpoint(self, service: str, region: str) -> str:
+        return self.endpoint_url or _endpoint(service, region)
+
+    # --- SQS, without the generic path: it is the hot one and its protocol is plain JSON
+
+    def queue(self, url: str) -> QueueAddress:
+        """A queue URL's parts.
+
+        Raises:
+            ValueError: the URL is not one of an SQS queue, with what it should look like.
+        """
+        parts = urlsplit(url)
+        path = _QUEUE_PATH.match(parts.path)
+        host = _QUEUE_HOST.match(parts.hostname or "")
+        if path is None or parts.query or parts.username or (host is None and not self.endpoint_url):
+            raise ValueError(
+                f"sqs_queue_url {url[:120]!r} is not a queue's address; "
+                "it looks like https://sqs.<region>.amazonaws.com/<account id>/<queue name>"
+            )
+        region = next((group for group in host.groups() if group), self.region) if host else self.region
+        if not self.endpoint_url and region not in _regions("sqs"):
+            raise ValueError(f"sqs_queue_url names region {region!r}, which AWS does not have")
+        return QueueAddress(url, region, path.group(1), path.group(2))
+
+    async def receive(
+        self, queue: QueueAddress, *, credentials: Credentials, wait_seconds: int = LONG_POLL_SECONDS
+    ) -> list[SqsMessage]:
+        """Up to ten messages, waiting up to ``wait_seconds`` for the first one."""
+        answer = await self._sqs(
+            "ReceiveMessage",
+            {
+                "QueueUrl": queue.url,
+                "MaxNumberOfMessages": RECEIVE_BATCH,
+                "WaitTimeSeconds": wait_seconds,
+                "VisibilityTimeout": VISIBILITY_TIMEOUT_SECONDS,
+                "AttributeNames": ["SentTimestamp", "ApproximateReceiveCount"],
+                "MessageSystemAttributeNames": ["SentTimestamp", "ApproximateReceiveCount"],
+            },
+            queue,
+            credentials,
+            self._polling if wait_seconds > 1 else self._http,
+            wait_seconds + LONG_POLL_GRACE_SECONDS,
+        )
+        return [_message(message) for message in answer.get("Messages") or []]
+
+    async def delete(self, queue: QueueAddress, receipt_handles: list[str], *, credentials: Credentials) -> list[str]:
+        """Delete up to ten messages; returns the error codes of those SQS did not delete (they will come again)."""
+        entries = [{"Id": str(index), "ReceiptHandle": handle} for index, handle in enumerate(receipt_handles)]
+        answer = await self._sqs(
+            "DeleteMessageBatch",
+            {"QueueUrl": queue.url, "Entries": entries},
+            queue,
+            credentials,
+            self._http,
+            CALL_TIMEOUT_SECONDS,
+        )
+        return [str(failed.get("Code")) for failed in answer.get("Failed") or []]
+
+    async def _sqs(
+        self,
+        operation: str,
+        body: dict[str, Any],
+        queue: QueueAddress,
+        credentials: Credentials,
+        client: httpx.AsyncClient,
+        timeout_seconds: float,
+    ) -> dict[str, Any]:
+        headers = {"Content-Type": "application/x-amz-json-1.0", "X-Amz-Target": f"AmazonSQS.{operation}"}
+        response = await self._send(
+            client,
+            operation,
+            self._endpoint("sqs", queue.region) + "/",
+            json.dumps(body).encode(),
+            headers,
+            _service("sqs")[0],
+            queue.region,
+            credentials,
+            timeout_seconds,
+        )
+        try:
+            answer = json.loads(response.content) if response.content else {}
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise AwsError(operation, "BadAnswer", f"HTTP {response.status_code}", status=response.status_code)
+        if response.status_code >= 300:
+            # The older, better known code travels in a header: "AWS.SimpleQueueService.NonExistentQueue;Sender".
+            code = response.headers.get("x-amzn-query-error", "").split(";")[0] or str(answer.get("__type", ""))
+            message = str(answer.get("message") or answer.get("Message") or "")
+            raise AwsError(operation, code.rsplit("#", 1)[-1] or "Unknown", message[:300], status=response.status_code)
+        return answer
+
+
+def client_token() -> str:
+    """A token for one launch: 32 of EC2's 64 characters, stored before it is sent."""
+    return secrets.token_hex(16)
+
+
+def _message(message: dict[str, Any]) -> SqsMessage:
+    attributes = message.get("Attributes") or {}
+    sent = str(attributes.get("SentTimestamp", ""))
+    count = str(attributes.get("ApproximateReceiveCount", "1"))
+    return SqsMessage(
+        message_id=str(message.get("MessageId", "")),
+        receipt_handle=str(message.get("ReceiptHandle", "")),
+        body=message.get("Body") or "",
+        sent_at=datetime.fromtimestamp(int(sent) / 1000, UTC) if sent.isdigit() and len(sent) < 15 else None,
+        receive_count=int(count) if count.isdigit() else 1,
+    )
+
+
+def _parse(operation: str, shape: OperationModel, parser: ResponseParser, response: httpx.Response) -> dict[str, Any]:
+    raw = {"status_code": response.status_code, "headers": dict(response.headers), "body": response.content}
+    try:
+        answer = parser.parse(raw, shape.output_shape)
+    except ResponseParserError as unreadable:
+        raise AwsError(operation, "BadAnswer", str(unreadable)[:200], status=response.status_code) from unreadable
+    if response.status_code >= 300:
+        refusal = answer.get("Error", {})
+        raise AwsError(
+            operation,
+            str(refusal.get("Code") or "Unknown"),
+            str(refusal.get("Message") or "")[:500],
+            status=response.status_code,
+        )
+    return answer
+
+
+@lru_cache(maxsize=16)
+def _service(name: str) -> tuple[ServiceModel, Any, ResponseParser]:
+    model = botocore.session.get_session().get_service_model(name)
+    protocol = model.resolved_protocol
+    return model, create_serializer(protocol), create_parser(protocol)
+
+
+@lru_cache(maxsize=256)
+def _endpoint(service: str, region: str) -> str:
+    resolver = botocore.session.get_session().get_component("endpoint_resolver")
+    endpoint = resolver.construct_endpoint(service, region)
+    if endpoint is None:
+        raise AwsError("endpoint", "UnknownRegion", f"AWS has no {service} in {region!r}")
+    return f"https://{endpoint['hostname']}"
+
+
+@lru_cache(maxsize=8)
+def _regions(service: str) -> frozenset[str]:
+    session = botocore.session.get_session()
+    return frozenset(
+        region
+        for partition in session.get_available_partitions()
+        for region in session.get_available_regions(service, partition_name=partition)
+    )

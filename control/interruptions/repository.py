@@ -1,0 +1,431 @@
+"""All SQL of the interruption path's intake: inbox, events, interruptions with their history.
+
+Statements take any number of rows as one JSON array, so that a receive batch costs the same round trips as a single
+message and its text is prepared once. Rows are inserted in key order: two batches that overlap wait for each other
+instead of deadlocking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import TextClause, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control.interruptions.policies import NodeFacts
+
+
+@lru_cache(maxsize=64)
+def _insert_statement(table: str, columns: tuple[str, ...], order: str, conflict: str, returning: str) -> TextClause:
+    names = ", ".join(columns)
+    return text(
+        f"INSERT INTO {table} ({names}) SELECT {names} "
+        f"FROM jsonb_populate_recordset(CAST(NULL AS {table}), CAST(:rows AS jsonb)) ORDER BY {order}"
+        + (f" ON CONFLICT {conflict}" if conflict else "")
+        + (f" RETURNING {returning}" if returning else "")
+    )
+
+
+async def insert_rows(
+    conn: AsyncConnection,
+    table: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    order: str,
+    conflict: str = "",
+    returning: str = "",
+) -> list[Any]:
+    """Insert rows that all have the first one's columns; columns left out get their defaults.
+
+    Table, order, conflict and returning are ours, never a caller's input.
+    """
+    if not rows:
+        return []
+    statement = _insert_statement(table, tuple(rows[0]), order, conflict, returning)
+    result = await conn.execute(statement, {"rows": to_json(rows)})
+    return list(result.all()) if returning else []
+
+
+def to_json(value: Any) -> str:
+    """JSON as Postgres reads it back; ids, times and enums included."""
+    return msgspec.json.encode(value).decode()
+
+
+# --- what is known before a decision ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CustomerFacts:
+    """What the intake needs to know of a customer."""
+
+    customer_id: UUID
+    status: str
+    account_id: str | None
+    regions: frozenset[str]
+    event_policies: Any
+
+
+_CUSTOMER = text("""
+    SELECT m.id, m.status, m.aws_account_id,
+           ARRAY(SELECT DISTINCT c.region FROM clusters c WHERE c.customer_id = m.id) AS regions,
+           (SELECT config_value FROM customer_config k
+            WHERE k.customer_id = m.id AND k.config_key = 'event_policies') AS event_policies
+    FROM customers m WHERE m.id = :customer_id
+""")
+
+
+async def customer_facts(conn: AsyncConnection, customer_id: UUID) -> CustomerFacts | None:
+    """Status, account, regions of its clusters and event policies."""
+    row = (await conn.execute(_CUSTOMER, {"customer_id": customer_id})).one_or_none()
+    if row is None:
+        return None
+    return CustomerFacts(row.id, row.status, row.aws_account_id, frozenset(row.regions), row.event_policies)
+
+
+_NODES = text("""
+    SELECT n.customer_id, n.cluster_id, n.id AS node_id, n.node_name, n.instance_id, n.instance_type,
+           n.availability_zone, n.node_type, c.region, n.last_seen_at, n.terminated_at, c.status AS cluster_status,
+           EXISTS (SELECT FROM launch_attempts a
+                   WHERE a.customer_id = n.customer_id AND a.instance_id = n.instance_id
+                     AND a.state IN ('terminating', 'terminated'))
+           OR EXISTS (SELECT FROM plan_steps p
+                      WHERE p.customer_id = n.customer_id AND p.kind = 'terminate'
+                        AND p.state IN ('running', 'done')
+                        AND p.parameters ->> 'instance_id' = n.instance_id) AS ours_ending
+    FROM nodes n JOIN clusters c ON c.id = n.cluster_id
+    WHERE n.instance_id = ANY(:instance_ids)
+    UNION ALL
+    SELECT a.customer_id, b.cluster_id, NULL, NULL, a.instance_id, a.instance_type, a.availability_zone,
+           a.node_type, b.region, a.launched_at, NULL, c.status, a.state IN ('terminating', 'terminated')
+    FROM launch_attempts a
+    JOIN launch_batches b ON b.id = a.batch_id
+    JOIN clusters c ON c.id = b.cluster_id
+    WHERE a.customer_id = :customer_id AND a.instance_id = ANY(:instance_ids)
+      AND NOT EXISTS (SELECT FROM nodes n WHERE n.instance_id = a.instance_id AND n.customer_id = a.customer_id)
+""")
+
+
+async def nodes_of_instances(
+    conn: AsyncConnection, customer_id: UUID, instance_ids: Iterable[str]
+) -> dict[str, NodeFacts]:
+    """Nodes by instance id, of any customer (system scope): another tenant's instance must be seen to be refused.
+
+    A customer's own node wins, then the newest. Instances of ours that have not joined yet are included.
+    """
+    result = await conn.execute(_NODES, {"customer_id": customer_id, "instance_ids": list(instance_ids)})
+    found: dict[str, NodeFacts] = {}
+    for row in result:
+        facts = NodeFacts(**row._mapping)
+        known = found.get(facts.instance_id)
+        if known is None or _preference(facts, customer_id) > _preference(known, customer_id):
+            found[facts.instance_id] = facts
+    return found
+
+
+def _preference(facts: NodeFacts, customer_id: UUID) -> tuple[bool, bool]:
+    return facts.customer_id == customer_id, facts.terminated_at is None
+
+
+# --- the inbox --------------------------------------------------------------------------------------------------
+
+
+async def insert_inbox(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """Write messages down; returns (source, dedupe_key) of those seen for the first time."""
+    new = await insert_rows(
+        conn,
+        "inbox_messages",
+        rows,
+        order="source, dedupe_key",
+        conflict="(customer_id, source, dedupe_key) DO NOTHING",
+        returning="source, dedupe_key",
+    )
+    return {(row.source, row.dedupe_key) for row in new}
+
+
+_SEEN_AGAIN = text("""
+    UPDATE inbox_messages m SET receive_count = greatest(m.receive_count + r.times, r.most)
+    FROM (SELECT source, dedupe_key, count(*) AS times, max(receive_count) AS most
+          FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS t (source text, dedupe_key text, receive_count integer)
+          GROUP BY source, dedupe_key) r
+    WHERE m.customer_id = :customer_id AND m.source = r.source AND m.dedupe_key = r.dedupe_key
+""")
+
+
+async def count_again(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Count further deliveries of messages that are known."""
+    if rows:
+        await conn.execute(_SEEN_AGAIN, {"customer_id": customer_id, "rows": to_json(rows)})
+
+
+_SET_OUTCOMES = text("""
+    UPDATE inbox_messages m SET outcome = r.outcome, reason = r.reason,
+        body = CASE WHEN r.outcome IN ('quarantined', 'waiting') THEN m.body END
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (source text, dedupe_key text, outcome text, reason text)
+    WHERE m.customer_id = :customer_id AND m.source = r.source AND m.dedupe_key = r.dedupe_key
+""")
+
+
+async def set_outcomes(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Change what became of messages; bodies are kept only while they can be replayed."""
+    if rows:
+        await conn.execute(_SET_OUTCOMES, {"customer_id": customer_id, "rows": to_json(rows)})
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class InterruptionRow:
+    """An interruption under a row lock."""
+
+    id: UUID
+    customer_id: UUID
+    cluster_id: UUID | None
+    instance_id: str
+    interruption_key: str
+    state: str
+    outcome: str | None
+    kind: str
+    instance_action: str
+    received_at: datetime
+    deadline_at: datetime
+    detected_by: list[str]
+    drain_pending: bool
+    instance_gone_at: datetime | None
+    notice_at: datetime
+    region: str
+    account_id: str | None
+    reason: str | None
+    closed_at: datetime | None
+    version: int
+
+
+_COLUMNS = """id, customer_id, cluster_id, instance_id, interruption_key, state, outcome, kind, instance_action,
+    received_at, deadline_at, detected_by, drain_pending, instance_gone_at,
+    notice_at, region, account_id, reason, closed_at, version"""
+
+_LOCK = text(f"""
+    SELECT {_COLUMNS} FROM interruptions
+    WHERE customer_id = :customer_id
+      AND (instance_id = ANY(:instance_ids))
+      AND (state <> 'closed' OR interruption_key = ANY(:keys) OR closed_at > now() - interval '1 hour')
+    ORDER BY id FOR UPDATE
+""")
+
+
+async def lock_interruptions(
+    conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str], keys: Sequence[str]
+) -> list[InterruptionRow]:
+    """Interruptions of these instances that are open, just closed, or have one of these keys; locked."""
+    result = await conn.execute(
+        _LOCK, {"customer_id": customer_id, "instance_ids": list(instance_ids), "keys": list(keys)}
+    )
+    return [InterruptionRow(**row._mapping) for row in result]
+
+
+async def insert_interruptions(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[UUID]:
+    """Insert interruptions; returns the ids that are new (others exist under another id)."""
+    new = await insert_rows(
+        conn,
+        "interruptions",
+        rows,
+        order="region, interruption_key",
+        conflict="(customer_id, region, interruption_key) DO NOTHING",
+        returning="id",
+    )
+    return {row.id for row in new}
+
+
+_UPDATE = text("""
+    UPDATE interruptions i SET
+        cluster_id = coalesce(r.cluster_id, i.cluster_id),
+        node_id = coalesce(r.node_id, i.node_id),
+        instance_type = coalesce(r.instance_type, i.instance_type),
+        availability_zone = coalesce(r.availability_zone, i.availability_zone),
+        kind = r.kind, instance_action = r.instance_action, deadline_at = r.deadline_at,
+        detected_by = r.detected_by, state = r.state, outcome = r.outcome, reason = r.reason,
+        drain_pending = r.drain_pending, instance_gone_at = r.instance_gone_at, closed_at = r.closed_at,
+        version = r.version
+    FROM jsonb_populate_recordset(CAST(NULL AS interruptions), CAST(:rows AS jsonb)) r
+    WHERE i.id = r.id AND i.version = r.version - 1
+    RETURNING i.id
+""")
+
+
+async def update_interruptions(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[UUID]:
+    """Move interruptions to ``version``; returns the ids that were still at the version before."""
+    if not rows:
+        return set()
+    return {row.id for row in await conn.execute(_UPDATE, {"rows": to_json(rows)})}
+
+
+async def insert_history(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row per version of an interruption, in the transaction that made the version."""
+    await insert_rows(conn, "interruption_history", rows, order="interruption_id, version")
+
+
+_EARLIER = text("""
+    SELECT instance_id, array_agg(DISTINCT event_type) AS kinds, array_agg(DISTINCT id) AS event_ids
+    FROM spot_events
+    WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids) AND interruption_id IS NULL
+      AND received_at > now() - interval '1 hour'
+    GROUP BY instance_id
+""")
+
+
+async def earlier_signals(
+    conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]
+) -> dict[str, tuple[list[str], list[UUID]]]:
+    """Kinds and ids of events of the last hour about these instances that belong to no interruption yet."""
+    result = await conn.execute(_EARLIER, {"customer_id": customer_id, "instance_ids": list(instance_ids)})
+    return {row.instance_id: (row.kinds, row.event_ids) for row in result}
+
+
+_RELEASE = text("""
+    UPDATE inbox_messages m SET outcome = :outcome, reason = :reason,
+        body = CASE WHEN :outcome = 'quarantined' THEN m.body END
+    FROM spot_events e
+    WHERE e.customer_id = :customer_id AND e.interruption_id = ANY(:interruption_ids)
+      AND m.customer_id = e.customer_id AND m.source = e.source AND m.dedupe_key = split_part(e.dedupe_key, '#', 1)
+      AND m.outcome = 'waiting'
+""")
+
+
+async def release_waiting(
+    conn: AsyncConnection, customer_id: UUID, interruption_ids: Sequence[UUID], *, outcome: str, reason: str | None
+) -> None:
+    """Messages that waited for a node got one (``handled``), or never did (``quarantined``, to be replayed)."""
+    if interruption_ids:
+        await conn.execute(
+            _RELEASE,
+            {
+                "customer_id": customer_id,
+                "interruption_ids": list(interruption_ids),
+                "outcome": outcome,
+                "reason": reason,
+            },
+        )
+
+
+_UNMATCHED = text(f"""
+    SELECT {_COLUMNS} FROM interruptions
+    WHERE state = 'unmatched'
+      AND (received_at < now() - make_interval(secs => :closes_after_seconds)
+           OR EXISTS (SELECT FROM nodes n
+                      WHERE n.instance_id = interruptions.instance_id AND n.customer_id = interruptions.customer_id))
+    ORDER BY customer_id, id LIMIT :limit FOR UPDATE SKIP LOCKED
+""")
+
+
+async def unmatched_to_settle(
+    conn: AsyncConnection, *, closes_after_seconds: float, limit: int
+) -> list[InterruptionRow]:
+    """Unmatched interruptions whose node has registered by now, or whose time is over; locked."""
+    result = await conn.execute(_UNMATCHED, {"closes_after_seconds": closes_after_seconds, "limit": limit})
+    return [InterruptionRow(**row._mapping) for row in result]
+
+
+_LINK = text("""
+    UPDATE spot_events e SET interruption_id = r.interruption_id
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (id uuid, interruption_id uuid) WHERE e.id = r.id
+""")
+
+
+async def link_events(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Give earlier events the interruption they turned out to be about."""
+    if rows:
+        await conn.execute(_LINK, {"rows": to_json(rows)})
+
+
+async def insert_events(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row per distinct event and instance."""
+    await insert_rows(
+        conn, "spot_events", rows, order="dedupe_key", conflict="(customer_id, source, dedupe_key) DO NOTHING"
+    )
+
+
+async def insert_intents(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One launch intent per interruption."""
+    await insert_rows(
+        conn,
+        "launch_intents",
+        rows,
+        order="interruption_id",
+        conflict="(customer_id, interruption_id) DO NOTHING",
+    )
+
+
+async def insert_outbox(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Events for the bus, told after the commit."""
+    await insert_rows(conn, "outbox", rows, order="id")
+
+
+_SHORTEN = text("""
+    UPDATE agent_tasks t SET deadline_at = r.deadline_at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (interruption_id uuid, deadline_at timestamptz)
+    WHERE t.interruption_id = r.interruption_id AND t.state IN ('queued', 'leased') AND t.deadline_at > r.deadline_at
+""")
+
+
+async def shorten_deadlines(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Bring forward the deadline of drains whose notice turned out to be more urgent."""
+    if rows:
+        await conn.execute(_SHORTEN, {"rows": to_json(rows)})
+
+
+_NODE_GONE = text("""
+    UPDATE nodes n SET status = 'terminated', terminated_at = coalesce(n.terminated_at, r.at)
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (instance_id text, at timestamptz)
+    WHERE n.customer_id = :customer_id AND n.instance_id = r.instance_id AND n.terminated_at IS NULL
+""")
+
+
+async def nodes_gone(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
+    """EC2 said these instances are gone; their agents may be gone with them."""
+    if rows:
+        await conn.execute(_NODE_GONE, {"customer_id": customer_id, "rows": to_json(rows)})
+
+
+_RECENT_QUARANTINE = text("""
+    SELECT count(*) FROM inbox_messages
+    WHERE customer_id = :customer_id AND outcome = 'quarantined' AND received_at > now() - interval '1 hour'
+""")
+
+
+async def quarantined_last_hour(conn: AsyncConnection, customer_id: UUID) -> int:
+    """How many messages of a customer went to quarantine within the last hour."""
+    return (await conn.execute(_RECENT_QUARANTINE, {"customer_id": customer_id})).scalar_one()
+
+
+_ADD_PENALTIES = text("""
+    INSERT INTO pool_standings AS p (customer_id, region, availability_zone, instance_type, penalty, updated_at,
+                                     interruptions, refusals, rebalances, last_reason)
+    SELECT customer_id, region, availability_zone, instance_type, penalty, now(), interruptions, refusals, rebalances,
+           last_reason
+    FROM jsonb_populate_recordset(CAST(NULL AS pool_standings), CAST(:rows AS jsonb))
+    ORDER BY region, availability_zone, instance_type
+    ON CONFLICT (customer_id, region, availability_zone, instance_type) DO UPDATE SET
+        penalty = least(:ceiling, excluded.penalty + p.penalty
+                        * power(0.5, extract(epoch FROM now() - p.updated_at) / :half_life_seconds)),
+        updated_at = now(),
+        interruptions = p.interruptions + excluded.interruptions,
+        refusals = p.refusals + excluded.refusals,
+        rebalances = p.rebalances + excluded.rebalances,
+        last_reason = excluded.last_reason
+""")
+
+
+async def add_penalties(
+    conn: AsyncConnection, rows: Sequence[Mapping[str, Any]], *, half_life_seconds: float, ceiling: float
+) -> None:
+    """Lower pools' standing; what was there before has decayed by its age."""
+    if rows:
+        await conn.execute(
+            _ADD_PENALTIES, {"rows": to_json(rows), "half_life_seconds": half_life_seconds, "ceiling": ceiling}
+        )

@@ -1,0 +1,732 @@
+"""What happens to events: one transaction per receive batch, whatever brought them.
+
+SQS, the push endpoint, agents and the poll of instance states all end in ``ingest_outcomes``. The message may be
+deleted, and bells rung, only after it returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control.agents.repository import NewTask, create_tasks
+from control.bus.bells import Bells
+from control.interruptions import metrics, pools, repository
+from control.interruptions.parsing import (
+    Drop,
+    Outcome,
+    ParsedEvent,
+    Quarantine,
+    QueueOwner,
+    from_agent,
+    kept_body,
+    parse,
+)
+from control.interruptions.policies import Act, Decision, NodeFacts, Policy, decide, policies_from_config
+from control.interruptions.repository import CustomerFacts, InterruptionRow
+from warehouse.contracts import EventKind, EventSource, InterruptionAction, SpotEvent, TaskType
+from warehouse.postgres.models import new_id
+from warehouse.postgres.session import Database, narrow
+
+log = structlog.get_logger(__name__)
+
+# Interruption work is served before everything else of equal deadline.
+DRAIN_PRIORITY = 0
+# Pods get their own grace up to here; what is left of the two minutes is for what ignores it.
+GRACE_MARGIN_SECONDS = 20
+MIN_GRACE_SECONDS = 5
+# The ladder of a replacement ends this long after the deadline: later, the cluster has helped itself.
+LAUNCH_WINDOW = timedelta(minutes=15)
+# More than this in quarantine within an hour is told to the customer.
+QUARANTINE_ALARM_PER_HOUR = 10
+FACTS_SECONDS = 5.0
+# Two batches may still meet on one row; Postgres picks the victim, which starts again.
+RETRIES = 5
+_RETRIED_STATES = {"40001", "40P01"}
+
+_STRENGTH = {
+    EventKind.SPOT_INTERRUPTION: 3,
+    EventKind.CAPACITY_RESERVATION_INTERRUPTION: 3,
+    EventKind.INSTANCE_STATE_CHANGE: 2,
+}
+_CAPACITY_OF_TYPE = re.compile(r"sufficient (\S+\.\S+) capacity")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message as it came. ``sent_at`` is when the queue got it."""
+
+    body: str | bytes
+    source: EventSource
+    sqs_message_id: str | None = None
+    sent_at: datetime | None = None
+    receive_count: int = 1
+
+
+@dataclass(slots=True)
+class Ingested:
+    """What a batch became. ``clusters`` have new tasks: ring their bells, now that it is committed."""
+
+    new: int = 0
+    duplicates: int = 0
+    handled: int = 0
+    waiting: int = 0
+    dropped: int = 0
+    quarantined: int = 0
+    interruptions: list[UUID] = field(default_factory=list)
+    clusters: set[UUID] = field(default_factory=set)
+    launches: bool = False
+
+    async def ring(self, bells: Bells | None) -> None:
+        """Wake agents, launchers and the outbox."""
+        if bells is None or not self.new:
+            return
+        for cluster_id in self.clusters:
+            await bells.ring("tasks", cluster_id)
+        if self.launches:
+            await bells.ring("launches")
+        await bells.ring("outbox")
+
+
+class UnknownCustomer(LookupError):
+    """No customer has this id."""
+
+
+class Facts:
+    """Customers' facts, read again every five seconds."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._known: dict[UUID, tuple[float, CustomerFacts]] = {}
+
+    async def of(self, customer_id: UUID) -> CustomerFacts:
+        """Facts of one customer.
+
+        Raises:
+            UnknownCustomer: there is no such customer.
+        """
+        known = self._known.get(customer_id)
+        if known and time.monotonic() - known[0] < FACTS_SECONDS:
+            return known[1]
+        async with self._db.tenant(customer_id) as conn:
+            facts = await repository.customer_facts(conn, customer_id)
+        if facts is None:
+            raise UnknownCustomer(f"no customer {customer_id}")
+        self._known[customer_id] = (time.monotonic(), facts)
+        return facts
+
+
+async def ingest(
+    db: Database,
+    facts: CustomerFacts,
+    messages: Sequence[Received],
+    *,
+    queue_regions: Iterable[str] = (),
+    now: datetime | None = None,
+) -> Ingested:
+    """Take a batch of raw messages of one customer in: parsed, judged and committed in one transaction.
+
+    Args:
+        facts: the customer the queue belongs to; never taken from the body.
+        queue_regions: regions besides those of the customer's clusters from which events may come.
+    """
+    now = now or datetime.now(UTC)
+    owner = QueueOwner(facts.account_id, facts.regions | frozenset(queue_regions) if facts.regions else frozenset())
+    outcomes = [
+        (message, parse(message.body, owner=owner, received_at=now, sent_at=message.sent_at)) for message in messages
+    ]
+    return await ingest_outcomes(db, facts, outcomes, now=now)
+
+
+async def accept_agent_events(
+    db: Database, *, customer_id: UUID, cluster_id: UUID, region: str, events: Sequence[SpotEvent]
+) -> Ingested:
+    """Take in what an agent saw on its nodes. The cluster is the key's, the contract has validated the rest."""
+    now = datetime.now(UTC)
+    async with db.tenant(customer_id) as conn:
+        facts = await repository.customer_facts(conn, customer_id)
+    if facts is None:
+        raise UnknownCustomer(f"no customer {customer_id}")
+    outcomes: list[tuple[Received, Outcome]] = [
+        (
+            Received(repository.to_json(event.model_dump(mode="json")), EventSource.AGENT),
+            from_agent(event, region=region, account_id=facts.account_id, received_at=now),
+        )
+        for event in events
+    ]
+    return await ingest_outcomes(db, facts, outcomes, now=now)
+
+
+async def ingest_outcomes(
+    db: Database, facts: CustomerFacts, outcomes: Sequence[tuple[Received, Outcome]], *, now: datetime
+) -> Ingested:
+    """Commit what messages mean. Safe to call again with the same messages, from any number of processes.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: Postgres is away; nothing was taken in and the messages must stay where they are.
+    """
+    if not outcomes:
+        return Ingested()
+    started = time.perf_counter()
+    for attempt in range(RETRIES):
+        try:
+            async with db.system() as conn:
+                batch = Batch(facts, now)
+                done = await batch.commit(conn, outcomes)
+            break
+        except _Raced:
+            continue
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) not in _RETRIED_STATES or attempt == RETRIES - 1:
+                raise
+            await asyncio.sleep(0.01 * (attempt + 1))
+    else:
+        raise RuntimeError(f"a batch met other writers {RETRIES} times; it stays in its queue")
+    metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
+    batch.observe()
+    return done
+
+
+class _Raced(Exception):
+    """Somebody else inserted the same interruption in the meantime: read again and merge."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """An interruption being made or changed in this transaction."""
+
+    row: dict[str, Any]
+    new: bool
+    changed: bool = False
+    drain: NodeFacts | None = None
+    launch: dict[str, Any] | None = None
+    act_at: datetime | None = None
+    shortened: bool = False
+
+    @property
+    def id(self) -> UUID:
+        return self.row["id"]
+
+
+class Batch:
+    """One transaction's worth of messages of one customer."""
+
+    def __init__(self, facts: CustomerFacts, now: datetime) -> None:
+        self.facts, self.now = facts, now
+        self.policies = policies_from_config(facts.event_policies)
+        self.drafts: list[_Draft] = []
+        self.history: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.links: list[dict[str, Any]] = []
+        self.outbox: list[dict[str, Any]] = []
+        self.gone: list[dict[str, Any]] = []
+        self.matched: list[UUID] = []
+        self.pool_signals: list[tuple[str, str, str, str]] = []
+        self.counts: list[tuple[str, str, str]] = []
+        self.lags: list[float] = []
+        self.security: list[tuple[str, str]] = []
+
+    async def commit(self, conn: AsyncConnection, outcomes: Sequence[tuple[Received, Outcome]]) -> Ingested:
+        """All of it, on a connection in system scope: nodes are looked up across tenants, the rest is the tenant's."""
+        customer_id = self.facts.customer_id
+        instance_ids = sorted({i for _, o in outcomes if isinstance(o, ParsedEvent) for i in o.instance_ids})
+        nodes = await repository.nodes_of_instances(conn, customer_id, instance_ids) if instance_ids else {}
+        await narrow(conn, customer_id)
+
+        first: dict[tuple[str, str], tuple[Received, Outcome, list[tuple[str, Decision]]]] = {}
+        inbox: list[dict[str, Any]] = []
+        labels: dict[tuple[str, str], str] = {}
+        again: list[dict[str, Any]] = []
+        for message, outcome in outcomes:
+            key = (message.source.value, outcome.dedupe_key)
+            if key in first:
+                again.append({"source": key[0], "dedupe_key": key[1], "receive_count": message.receive_count})
+                continue
+            judged, decisions = self._judge(outcome, nodes)
+            first[key] = (message, judged, decisions)
+            row, labels[key] = self._inbox_row(message, judged, decisions)
+            inbox.append(row)
+        new = await repository.insert_inbox(conn, inbox)
+        again += [
+            {"source": row["source"], "dedupe_key": row["dedupe_key"], "receive_count": row["receive_count"]}
+            for row in inbox
+            if (row["source"], row["dedupe_key"]) not in new
+        ]
+        await repository.count_again(conn, customer_id, again)
+
+        done = Ingested(new=len(new), duplicates=len(again))
+        acts: list[tuple[Received, ParsedEvent, list[tuple[str, Decision]]]] = []
+        for row in inbox:
+            key = (row["source"], row["dedupe_key"])
+            if key not in new:
+                continue
+            message, judged, decisions = first[key]
+            setattr(done, row["outcome"], getattr(done, row["outcome"]) + 1)
+            self.counts.append((row["source"], row["outcome"], labels[key]))
+            if isinstance(judged, ParsedEvent):
+                acts.append((message, judged, decisions))
+                self.lags.append((self.now - judged.occurred_at).total_seconds())
+            elif isinstance(judged, Quarantine) and judged.security:
+                self.security.append((judged.reason, judged.detail))
+        self.counts += [(row["source"], "duplicate", "") for row in again]
+        if acts:
+            await self._act(conn, acts, nodes)
+            done.interruptions = [draft.id for draft in self.drafts if draft.new]
+            done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
+            done.launches = any(draft.launch for draft in self.drafts)
+        if done.quarantined and (await repository.quarantined_last_hour(conn, customer_id) > QUARANTINE_ALARM_PER_HOUR):
+            metrics.ALARMS.labels("quarantine").inc()
+            log.warning("quarantine.many", customer_id=str(customer_id), per_hour_limit=QUARANTINE_ALARM_PER_HOUR)
+        return done
+
+    async def rematch(self, conn: AsyncConnection, rows: Sequence[InterruptionRow]) -> Ingested:
+        """Give unmatched interruptions, locked by the caller, to the nodes that registered since."""
+        nodes = await repository.nodes_of_instances(
+            conn, self.facts.customer_id, sorted({row.instance_id for row in rows})
+        )
+        await narrow(conn, self.facts.customer_id)
+        done = Ingested()
+        for row in rows:
+            node = nodes.get(row.instance_id)
+            if node is None or node.customer_id != self.facts.customer_id:
+                continue
+            draft = _Draft(_as_dict(row), new=False)
+            self.drafts.append(draft)
+            event = ParsedEvent(
+                kind=EventKind(row.kind),
+                dedupe_key="",
+                region=row.region,
+                account_id=row.account_id,
+                occurred_at=row.notice_at,
+                instance_ids=(row.instance_id,),
+                action=InterruptionAction(row.instance_action),
+            )
+            decision = decide(event, row.instance_id, node, self.policies, self.now)
+            if decision.act is Act.INTERRUPT:
+                self._merge(draft, event, decision, node, row.detected_by[0])
+        await self._persist(conn)
+        done.new = len(self.matched)
+        done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
+        done.launches = any(draft.launch for draft in self.drafts)
+        return done
+
+    def observe(self) -> None:
+        """Count and log, once the transaction is committed."""
+        for source, outcome, reason in self.counts:
+            metrics.MESSAGES.labels(source, outcome).inc()
+            if outcome == "dropped":
+                metrics.DROPPED.labels(reason).inc()
+            elif outcome == "quarantined":
+                metrics.QUARANTINED.labels(reason).inc()
+        for lag in self.lags:
+            metrics.RECEIVE_LAG_SECONDS.observe(max(lag, 0.0))
+        for reason, detail in self.security:
+            metrics.SECURITY_ALARMS.labels(reason).inc()
+            log.error("intake.security_alarm", customer_id=str(self.facts.customer_id), reason=reason, detail=detail)
+
+    # --- judging
+
+    def _judge(self, outcome: Outcome, nodes: dict[str, NodeFacts]) -> tuple[Outcome, list[tuple[str, Decision]]]:
+        if not isinstance(outcome, ParsedEvent):
+            return outcome, []
+        event_type = outcome.kind.value
+        if self.facts.status in ("suspended", "offboarded"):
+            return Drop(f"customer_{self.facts.status}", outcome.dedupe_key, event_type), []
+        decisions: list[tuple[str, Decision]] = []
+        foreign = 0
+        for instance_id in outcome.instance_ids:
+            node = nodes.get(instance_id)
+            if node is not None and node.customer_id != self.facts.customer_id:
+                foreign += 1
+                continue
+            decisions.append((instance_id, decide(outcome, instance_id, node, self.policies, self.now)))
+        if foreign and not decisions:
+            return (
+                Quarantine(
+                    "foreign_instance",
+                    "the instance belongs to a node of another customer",
+                    outcome.dedupe_key,
+                    event_type,
+                    security=True,
+                ),
+                [],
+            )
+        if decisions and all(decision.act is Act.DROP for _, decision in decisions):
+            return Drop("cluster_deleted", outcome.dedupe_key, event_type), []
+        return outcome, decisions
+
+    def _inbox_row(
+        self, message: Received, outcome: Outcome, decisions: list[tuple[str, Decision]]
+    ) -> tuple[dict[str, Any], str]:
+        """The message's row, and its reason as a metric's label."""
+        state: str
+        reason: str | None
+        kind: str | None
+        match outcome:
+            case Drop():
+                state, reason, label, kind = "dropped", outcome.reason, outcome.reason, outcome.event_type
+            case Quarantine():
+                state, kind = "quarantined", outcome.event_type
+                reason, label = f"{outcome.reason}: {outcome.detail}", outcome.reason
+            case ParsedEvent():
+                waiting = any(decision.act is Act.UNMATCHED for _, decision in decisions)
+                state, kind = ("waiting" if waiting else "handled"), outcome.kind.value
+                reason, label = ", ".join(sorted(outcome.flags)) or None, ""
+        row = {
+            "customer_id": self.facts.customer_id,
+            "source": message.source.value,
+            "dedupe_key": outcome.dedupe_key,
+            "sqs_message_id": message.sqs_message_id,
+            "receive_count": message.receive_count,
+            "body_sha256": _sha256(message.body),
+            "event_type": kind,
+            "outcome": state,
+            "reason": reason,
+            "body": kept_body(message.body) if state in ("quarantined", "waiting") else None,
+            "sent_at": message.sent_at,
+            "received_at": self.now,
+        }
+        return row, label
+
+    # --- acting
+
+    async def _act(
+        self,
+        conn: AsyncConnection,
+        acts: list[tuple[Received, ParsedEvent, list[tuple[str, Decision]]]],
+        nodes: dict[str, NodeFacts],
+    ) -> None:
+        customer_id = self.facts.customer_id
+        instance_ids = sorted({instance_id for _, _, decisions in acts for instance_id, _ in decisions})
+        keys = sorted({decision.key for _, _, decisions in acts for _, decision in decisions if decision.key})
+        if instance_ids:
+            for row in await repository.lock_interruptions(conn, customer_id, instance_ids, keys):
+                self.drafts.append(_Draft(_as_dict(row), new=False))
+        creating = [
+            i for _, _, decisions in acts for i, d in decisions if d.act is Act.INTERRUPT and not self._find(i, d.key)
+        ]
+        earlier = await repository.earlier_signals(conn, customer_id, sorted(set(creating))) if creating else {}
+
+        for message, event, decisions in acts:
+            single = len(event.instance_ids) <= 1
+            concerned: Sequence[tuple[str | None, Decision | None]] = decisions or [(None, None)]
+            for instance_id, decision in concerned:
+                self._apply(message, event, instance_id, decision, nodes, earlier, single=single)
+
+        await self._persist(conn)
+
+    async def _persist(self, conn: AsyncConnection) -> None:
+        customer_id = self.facts.customer_id
+        fresh = [draft for draft in self.drafts if draft.new]
+        inserted = await repository.insert_interruptions(conn, [draft.row for draft in fresh])
+        if len(inserted) != len(fresh):
+            raise _Raced
+        changed = [draft.row for draft in self.drafts if draft.changed and not draft.new]
+        if len(await repository.update_interruptions(conn, changed)) != len(changed):
+            raise _Raced
+        states = {draft.id: draft.row["state"] for draft in self.drafts}
+        await repository.insert_history(
+            conn, [entry | {"state": states[entry["interruption_id"]]} for entry in self.history]
+        )
+        await create_tasks(conn, [self._drain_task(draft) for draft in self.drafts if draft.drain])
+        await repository.shorten_deadlines(
+            conn,
+            [
+                {"interruption_id": draft.id, "deadline_at": draft.row["deadline_at"]}
+                for draft in self.drafts
+                if draft.shortened
+            ],
+        )
+        await repository.insert_intents(conn, [self._intent(draft) for draft in self.drafts if draft.launch])
+        await repository.insert_events(conn, self.events)
+        await repository.link_events(conn, self.links)
+        await repository.release_waiting(conn, customer_id, self.matched, outcome="handled", reason=None)
+        await repository.nodes_gone(conn, customer_id, self.gone)
+        await repository.add_penalties(
+            conn,
+            pools.penalties(customer_id, self.pool_signals),
+            half_life_seconds=pools.HALF_LIFE_SECONDS,
+            ceiling=pools.CEILING,
+        )
+        await repository.insert_outbox(conn, self.outbox)
+
+    def _find(self, instance_id: str, key: str) -> _Draft | None:
+        mine = [draft for draft in self.drafts if draft.row["instance_id"] == instance_id]
+        for draft in mine:
+            if key and draft.row["interruption_key"] == key:
+                return draft
+        # Any signal about an instance with an interruption under way belongs to that one.
+        for draft in mine:
+            if draft.row["state"] != "closed":
+                return draft
+        return mine[0] if mine and not key else None
+
+    def _apply(
+        self,
+        message: Received,
+        event: ParsedEvent,
+        instance_id: str | None,
+        decision: Decision | None,
+        nodes: dict[str, NodeFacts],
+        earlier: dict[str, tuple[list[str], list[UUID]]],
+        *,
+        single: bool,
+    ) -> None:
+        node = nodes.get(instance_id) if instance_id else None
+        draft = self._find(instance_id, decision.key) if instance_id and decision else None
+        label = _label(message.source, event.kind)
+        if instance_id and decision and decision.act in (Act.INTERRUPT, Act.UNMATCHED):
+            if draft is None:
+                draft = self._create(event, instance_id, decision, node, label)
+                kinds, event_ids = earlier.get(instance_id, ([], []))
+                draft.row["detected_by"] += [kind for kind in kinds if kind not in draft.row["detected_by"]]
+                self.links += [{"id": event_id, "interruption_id": draft.id} for event_id in event_ids]
+            else:
+                self._merge(draft, event, decision, node, label)
+        elif draft is not None and label not in draft.row["detected_by"]:
+            self._change(draft, "detected_again", {"by": label})
+            draft.row["detected_by"] = [*draft.row["detected_by"], label]
+        if event.state == "terminated" and node is not None:
+            self.gone.append({"instance_id": instance_id, "at": event.occurred_at})
+        self._score(event, decision, node)
+        self.events.append(
+            {
+                "id": new_id(),
+                "customer_id": self.facts.customer_id,
+                "cluster_id": node.cluster_id if node else None,
+                "event_type": event.kind.value,
+                "instance_id": instance_id,
+                "received_at": self.now,
+                "occurred_at": event.occurred_at,
+                "source": message.source.value,
+                "dedupe_key": event.dedupe_key if single else f"{event.dedupe_key}#{instance_id}",
+                "interruption_id": draft.id if draft else None,
+                "action_taken": decision.reason if decision else "counted",
+                "payload": event.detail,
+            }
+        )
+
+    def _create(
+        self, event: ParsedEvent, instance_id: str, decision: Decision, node: NodeFacts | None, label: str
+    ) -> _Draft:
+        draft = _Draft(
+            {
+                "id": new_id(),
+                "customer_id": self.facts.customer_id,
+                "cluster_id": node.cluster_id if node else None,
+                "node_id": node.node_id if node else None,
+                "region": node.region if node else event.region,
+                "interruption_key": decision.key,
+                "account_id": event.account_id,
+                "instance_id": instance_id,
+                "instance_type": node.instance_type if node else None,
+                "availability_zone": node.availability_zone if node else None,
+                "instance_action": decision.action.value,
+                "kind": event.kind.value,
+                "notice_at": event.occurred_at,
+                "received_at": self.now,
+                "deadline_at": decision.deadline_at,
+                "detected_by": [label],
+                "state": "open" if node else "unmatched",
+                "outcome": None,
+                "reason": None,
+                "drain_pending": decision.drain_after_launch,
+                "instance_gone_at": self.now if decision.gone else None,
+                "closed_at": None,
+                "version": 1,
+            },
+            new=True,
+        )
+        self.drafts.append(draft)
+        self._write_history(draft, "detected", {"by": label, "flags": sorted(event.flags)})
+        if node:
+            self._begin(draft, event, decision, node)
+        return draft
+
+    def _begin(self, draft: _Draft, event: ParsedEvent, decision: Decision, node: NodeFacts) -> None:
+        if decision.wants_drain and node.node_name:
+            draft.drain = node
+        if decision.wants_launch:
+            draft.launch = {
+                "instance_id": node.instance_id,
+                "instance_type": node.instance_type,
+                "availability_zone": node.availability_zone,
+                "node_type": node.node_type,
+                # A Spot instance that ended without a warning may have been ended by its owner: ask before replacing.
+                "verify_ended_by_aws": event.kind is EventKind.INSTANCE_STATE_CHANGE,
+            }
+            draft.act_at = decision.act_at
+        self.outbox.append(
+            {
+                "id": new_id(),
+                "customer_id": self.facts.customer_id,
+                "topic": "spot.interruption.detected",
+                "payload": {
+                    "interruption_id": draft.id,
+                    "customer_id": self.facts.customer_id,
+                    "cluster_id": node.cluster_id,
+                    "instance_id": node.instance_id,
+                    "instance_type": node.instance_type,
+                    "availability_zone": node.availability_zone,
+                    "kind": event.kind.value,
+                    "instance_action": decision.action.value,
+                    "notice_at": draft.row["notice_at"],
+                    "deadline_at": draft.row["deadline_at"],
+                },
+            }
+        )
+        if node.node_type == "spot" and event.kind in (
+            EventKind.SPOT_INTERRUPTION,
+            EventKind.INSTANCE_STATE_CHANGE,
+        ):
+            self.pool_signals.append((node.region, node.availability_zone, node.instance_type, "interruption"))
+
+    def _merge(self, draft: _Draft, event: ParsedEvent, decision: Decision, node: NodeFacts | None, label: str) -> None:
+        row = draft.row
+        was_unmatched = row["state"] == "unmatched" or row["outcome"] == "unmatched"
+        if was_unmatched and node is not None:
+            self._change(draft, "matched", {"by": label})
+            self.matched.append(draft.id)
+            row |= {
+                "state": "open",
+                "outcome": None,
+                "reason": None,
+                "closed_at": None,
+                "cluster_id": node.cluster_id,
+                "node_id": node.node_id,
+                "instance_type": node.instance_type,
+                "availability_zone": node.availability_zone,
+                "deadline_at": decision.deadline_at,
+                "drain_pending": decision.drain_after_launch,
+            }
+            self._begin(draft, event, decision, node)
+        elif row["state"] == "open" and node is not None:
+            self._escalate(draft, event, decision, node, label)
+        if decision.gone and row["instance_gone_at"] is None:
+            self._change(draft, "instance_gone", {"by": label})
+            row["instance_gone_at"] = self.now
+        if label not in row["detected_by"]:
+            self._change(draft, "detected_again", {"by": label})
+            row["detected_by"] = [*row["detected_by"], label]
+
+    def _escalate(self, draft: _Draft, event: ParsedEvent, decision: Decision, node: NodeFacts, label: str) -> None:
+        """A more urgent signal about an interruption under way: rebalance first, then the warning."""
+        row = draft.row
+        stronger = _STRENGTH.get(event.kind, 1) > _STRENGTH.get(EventKind(row["kind"]), 1)
+        if stronger:
+            self._change(draft, "escalated", {"by": label, "kind": event.kind.value})
+            row["kind"], row["instance_action"] = event.kind.value, decision.action.value
+        if decision.wants_drain and node.node_name and (stronger or row["drain_pending"]):
+            draft.drain = node
+            row["drain_pending"] = False
+        if decision.deadline_at and not decision.gone and decision.deadline_at < row["deadline_at"]:
+            if not draft.changed:
+                self._change(draft, "deadline_moved", {"by": label})
+            row["deadline_at"] = decision.deadline_at
+            draft.shortened = True
+
+    def _change(self, draft: _Draft, event: str, detail: dict[str, Any]) -> None:
+        # One version per transaction; further events of it are told in the same history row's detail.
+        if draft.changed or draft.new:
+            last = next(entry for entry in reversed(self.history) if entry["interruption_id"] == draft.id)
+            last["detail"].setdefault("also", []).append({"event": event} | detail)
+            return
+        draft.changed = True
+        draft.row["version"] += 1
+        self._write_history(draft, event, detail)
+
+    def _write_history(self, draft: _Draft, event: str, detail: dict[str, Any]) -> None:
+        entry = {
+            "customer_id": self.facts.customer_id,
+            "interruption_id": draft.id,
+            "version": draft.row["version"],
+            "at": self.now,
+            "event": event,
+            "detail": detail,
+        }
+        self.history.append(entry)
+
+    def _drain_task(self, draft: _Draft) -> NewTask:
+        assert draft.drain is not None
+        return drain_task(
+            draft.id,
+            draft.drain,
+            draft.row["deadline_at"],
+            InterruptionAction(draft.row["instance_action"]),
+            now=self.now,
+        )
+
+    def _intent(self, draft: _Draft) -> dict[str, Any]:
+        assert draft.launch is not None
+        return {
+            "id": new_id(),
+            "customer_id": self.facts.customer_id,
+            "cluster_id": draft.row["cluster_id"],
+            "interruption_id": draft.id,
+            "requirements": draft.launch,
+            "state": "planned",
+            "deadline_at": max(draft.row["deadline_at"], self.now, draft.act_at or self.now) + LAUNCH_WINDOW,
+            "next_action_at": draft.act_at or self.now,
+        }
+
+    def _score(self, event: ParsedEvent, decision: Decision | None, node: NodeFacts | None) -> None:
+        if event.kind is EventKind.REBALANCE_RECOMMENDATION and node is not None:
+            self.pool_signals.append((node.region, node.availability_zone, node.instance_type, "rebalance"))
+        if event.kind is EventKind.LAUNCH_UNSUCCESSFUL:
+            details = event.detail.get("Details")
+            zone = details.get("Availability Zone") if isinstance(details, dict) else None
+            lacking = _CAPACITY_OF_TYPE.search(str(event.detail.get("StatusMessage", "")))
+            if isinstance(zone, str) and lacking and self.policies[event.kind] is not Policy.IGNORE:
+                self.pool_signals.append((event.region, zone, lacking.group(1), "refusal"))
+
+
+def drain_task(
+    interruption_id: UUID, node: NodeFacts, deadline_at: datetime, action: InterruptionAction, *, now: datetime
+) -> NewTask:
+    """The drain of an interrupted node: one per interruption, with what the agent must find there."""
+    assert node.node_name is not None
+    left = (deadline_at - now).total_seconds()
+    grace = MIN_GRACE_SECONDS if action is InterruptionAction.HIBERNATE else left - GRACE_MARGIN_SECONDS
+    return NewTask(
+        customer_id=node.customer_id,
+        cluster_id=node.cluster_id,
+        task_type=TaskType.DRAIN_NODE,
+        parameters={
+            "node_name": node.node_name,
+            "instance_id": node.instance_id,
+            "grace_seconds": int(max(grace, MIN_GRACE_SECONDS)),
+            "force_at_deadline": True,
+        },
+        dedupe_key=f"drain:{interruption_id}",
+        priority=DRAIN_PRIORITY,
+        deadline_at=deadline_at,
+        interruption_id=interruption_id,
+    )
+
+
+def _label(source: EventSource, kind: EventKind) -> str:
+    """How a detector is named in ``detected_by``: warnings by who told us, other signals by what they are."""
+    if kind is EventKind.SPOT_INTERRUPTION or source in (EventSource.AGENT, EventSource.POLL):
+        return source.value
+    return kind.value
+
+
+def _as_dict(row: InterruptionRow) -> dict[str, Any]:
+    # Columns that were not read are only ever filled, never emptied.
+    unread = {"node_id": None, "instance_type": None, "availability_zone": None}
+    return {name: getattr(row, name) for name in InterruptionRow.__slots__} | unread
+
+
+def _sha256(body: str | bytes) -> str:
+    return hashlib.sha256(body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")).hexdigest()
