@@ -31,7 +31,7 @@ from warehouse.lake.staging import Staged
 from warehouse.lake.store import Lake, Release
 from warehouse.lake.tables import TableSpec
 
-_FIELD = re.compile(r"^(table|grain|units|keys):\s*(.*)$")
+_FIELD = re.compile(r"^([a-z][a-z ]*):\s*(.*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,13 @@ def stage_model(
     model: Model,
     partition: Mapping[str, Any],
     parameters: Mapping[str, Any] | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Staged:
     """Run the model over all customers on the pinned release and stage its rows for ``partition``.
 
-    The rows stream from DuckDB into files; memory does not grow with them. Publish what this returns, alone or with
-    others in one release.
+    ``inputs`` are frames the text reads beside the lake's tables. The rows stream from DuckDB into files; memory does
+    not grow with them. Publish what this returns, alone or with others in one release.
 
     Raises:
         LakeDataError: a key occurs twice (nothing is left behind), or rows do not fit the table.
@@ -112,7 +114,7 @@ def stage_model(
     spec = lake.spec(model.table)
     if model.keys != spec.keys:
         raise LakeDataError(f"model {model.name} says keys {model.keys}, but table {spec.name} has {spec.keys}")
-    with snapshot.stream(model.sql, parameters, all_customers=True) as rows:
+    with snapshot.stream(model.sql, parameters, all_customers=True, inputs=inputs) as rows:
         staged = lake.stage(model.table, partition, rows)
     try:
         refuse_duplicates(lake, spec, staged)
@@ -131,9 +133,10 @@ def run_model(
     *,
     run_id: str,
     code_version: str = "",
+    inputs: Mapping[str, Any] | None = None,
 ) -> Release:
     """Stage the model and publish it as one release."""
-    staged = stage_model(lake, snapshot, model, partition, parameters)
+    staged = stage_model(lake, snapshot, model, partition, parameters, inputs=inputs)
     return lake.publish([staged], run_id=run_id, code_version=code_version, note=f"model {model.name}")
 
 

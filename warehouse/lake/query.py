@@ -36,10 +36,11 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from deltalake import DeltaTable
 
-from warehouse.lake.errors import LakeDataError, LakeError, LakeQueryError, TenantScopeError
+from warehouse.lake.errors import LakeError, LakeQueryError, TenantScopeError
+from warehouse.lake.staging import batches
 from warehouse.lake.storage import refuse_forked_child
 from warehouse.lake.store import Lake, Release, delta_arrow_schema
-from warehouse.lake.tables import TableSpec
+from warehouse.lake.tables import TableSpec, duckdb_type
 
 # Releases whose views stay planned; a dashboard page pins one for a few minutes.
 PLANNED_RELEASES = 8
@@ -84,28 +85,6 @@ class _Plan:
         return [uri for group in self.groups for uri in group.uris]
 
 
-def duckdb_type(type_: pa.DataType) -> str:
-    """DuckDB's name of an Arrow type the lake uses.
-
-    Raises:
-        LakeDataError: the lake does not hold such columns.
-    """
-    simple = {
-        pa.string(): "VARCHAR",
-        pa.int64(): "BIGINT",
-        pa.int32(): "INTEGER",
-        pa.float64(): "DOUBLE",
-        pa.bool_(): "BOOLEAN",
-        pa.date32(): "DATE",
-        pa.timestamp("us", tz="UTC"): "TIMESTAMP WITH TIME ZONE",
-    }
-    if type_ in simple:
-        return simple[type_]
-    if pa.types.is_decimal(type_):
-        return f"DECIMAL({type_.precision}, {type_.scale})"
-    raise LakeDataError(f"lake columns cannot be {type_}; use one of {', '.join(map(str, simple))} or a decimal")
-
-
 def _name(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
@@ -133,7 +112,7 @@ def plan_table(lake: Lake, table: str, version: int) -> _Plan:
     groups: dict[frozenset[str], list[str]] = {}
     for uri, columns in zip(uris, _columns_of_files(actions, stored), strict=True):
         groups.setdefault(columns, []).append(uri)
-    plan = tuple(_Files(tuple(files), columns) for columns, files in groups.items())
+    plan = tuple(_Files(tuple(sorted(files)), columns) for columns, files in groups.items())
     dataset = _dataset(lake, schema, partition_by, actions, uris) if lake.storage.remote else None
     return _Plan(table, schema, partition_by, plan, dataset)
 
@@ -390,24 +369,38 @@ class Snapshot:
         self.reader = reader
         self.release = release
 
-    def query(self, sql: str, parameters: Mapping[str, Any] | None = None, *, all_customers: bool = False) -> pa.Table:
+    def query(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        all_customers: bool = False,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> pa.Table:
         """Run one SELECT with named parameters (``$name``) and return its rows as an Arrow table.
 
         ``customer_id`` among the parameters limits every tenant table to that customer, used in the text or not.
+        ``inputs`` are frames the text may read as tables of those names, beside the lake's.
 
         Raises:
             TenantScopeError: the text reads tenant data, and neither ``customer_id`` nor ``all_customers`` is given.
             LakeQueryError: the text is not one reading statement, is wrong, too slow or too large.
         """
         seconds = self.reader.limits.statement_seconds
-        with self._run(sql, parameters, all_customers) as (cursor, statement, used), _limited(cursor, seconds):
+        run = self._run(sql, parameters, all_customers, inputs)
+        with run as (cursor, statement, used), _limited(cursor, seconds):
             return cursor.sql(statement, params=used).to_arrow_table()
 
     def frame(
-        self, sql: str, parameters: Mapping[str, Any] | None = None, *, all_customers: bool = False
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        all_customers: bool = False,
+        inputs: Mapping[str, Any] | None = None,
     ) -> pl.DataFrame:
         """The same as a Polars frame."""
-        return pl.DataFrame(pl.from_arrow(self.query(sql, parameters, all_customers=all_customers)))
+        return pl.DataFrame(pl.from_arrow(self.query(sql, parameters, all_customers=all_customers, inputs=inputs)))
 
     @contextmanager
     def stream(
@@ -416,6 +409,7 @@ class Snapshot:
         parameters: Mapping[str, Any] | None = None,
         *,
         all_customers: bool = False,
+        inputs: Mapping[str, Any] | None = None,
         batch_rows: int = 131_072,
     ) -> Iterator[pa.RecordBatchReader]:
         """The rows as a stream of batches, without the time limit: for results larger than memory.
@@ -423,7 +417,7 @@ class Snapshot:
         with snapshot.stream("SELECT …", all_customers=True) as rows:
             lake.publish([PartitionWrite("node_cost_hourly", {"day": day}, rows)], run_id=run_id)
         """
-        with self._run(sql, parameters, all_customers) as (cursor, statement, used):
+        with self._run(sql, parameters, all_customers, inputs) as (cursor, statement, used):
             yield cursor.sql(statement, params=used).to_arrow_reader(batch_rows)
 
     def columns(self, table: str) -> pa.Schema:
@@ -432,7 +426,11 @@ class Snapshot:
 
     @contextmanager
     def _run(
-        self, sql: str, parameters: Mapping[str, Any] | None, all_customers: bool
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None,
+        all_customers: bool,
+        inputs: Mapping[str, Any] | None,
     ) -> Iterator[tuple[duckdb.DuckDBPyConnection, str, dict[str, Any] | None]]:
         given = dict(parameters or {})
         customer_id = given.get("customer_id")
@@ -454,6 +452,10 @@ class Snapshot:
         used = {name: given[name] for name in names}
         scope = "all" if all_customers else "tenant" if customer_id is not None else "shared"
         with self.reader.cursor(self.release, scope, given.get("customer_id")) as cursor:
+            for name, data in (inputs or {}).items():
+                if name in self.release.versions:
+                    raise LakeQueryError(f"input {name!r} would hide the lake table of that name; call it otherwise")
+                cursor.register(name, batches(data).read_all())
             try:
                 yield cursor, statement, used or None
             except duckdb.Error as error:

@@ -44,6 +44,9 @@ class Storage:
         scheme = urlsplit(text).scheme if "://" in text else ""
         if scheme not in ("", "s3"):
             raise LakeError(f"CLOUDOPTIM_LAKE_ROOT is {text!r}: only a folder or s3://bucket/prefix is supported")
+        if set(text) & set("*?[]{}'\""):
+            # DuckDB takes the names of files for patterns.
+            raise LakeError(f"CLOUDOPTIM_LAKE_ROOT is {text!r}: choose a name without * ? [ ] {{ }} and quotes")
         self.remote = scheme == "s3"
         self.root = text.rstrip("/") if self.remote else str(Path(text).expanduser().absolute())
         self._given = dict(storage_options or {})

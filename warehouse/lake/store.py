@@ -36,7 +36,7 @@ from psycopg.types.json import Jsonb
 from warehouse.lake.errors import LakeBusyError, LakeConflictError, LakeDataError, LakeError, LakeReleaseError
 from warehouse.lake.staging import Conformer, Scope, Staged, StagedFile, Stager, batches
 from warehouse.lake.storage import Storage, refuse_forked_child
-from warehouse.lake.tables import TABLES, TableSpec
+from warehouse.lake.tables import TABLES, TableSpec, duckdb_type
 from warehouse.postgres.session import SYSTEM_ROLE
 
 # Advisory lock names, one lake for each database.
@@ -135,6 +135,7 @@ class Lake:
         self._reading: psycopg.Connection | None = None
         self._staging_guard = threading.Lock()
         self._staging: psycopg.Connection | None = None
+        self._staging_locked = False
         self._staged_open = 0
 
     # Tables
@@ -227,6 +228,7 @@ class Lake:
             )
         if not field.name.isidentifier() or field.name != field.name.lower():
             raise LakeDataError(f"table {table}: {field.name!r} is not a plain lower-case column name")
+        duckdb_type(field.type)
         with self._locked() as session:
             latest = self._current(session)
             handle = self._at_release(table, latest.versions[table])
@@ -305,23 +307,30 @@ class Lake:
     def _hold_staging(self) -> None:
         """Hold the shared staging lock while files wait for their commit, so that no vacuum takes them for litter."""
         with self._staging_guard:
-            if self._staging is None or self._staging.closed:
-                self._staging = self._connect("cloudoptim lake staging")
-                self._staged_open = 0
-            if self._staged_open == 0:
-                self._staging.execute("SELECT pg_advisory_lock_shared(%s)", [STAGING_LOCK])
+            for attempt in (1, 2):
+                if self._staging is None or self._staging.closed:
+                    self._staging = self._connect("cloudoptim lake staging")
+                    self._staging_locked = False
+                try:
+                    if not self._staging_locked:
+                        self._staging.execute("SELECT pg_advisory_lock_shared(%s)", [STAGING_LOCK])
+                        self._staging_locked = True
+                    break
+                except psycopg.OperationalError:
+                    self._staging.close()  # a kept session whose server restarted; a new one may do
+                    if attempt == 2:
+                        raise
             self._staged_open += 1
 
     def _release_staging(self) -> None:
         with self._staging_guard:
-            if self._staged_open == 0 or self._staging is None:
-                return
             self._staged_open -= 1
-            if self._staged_open == 0:
+            if self._staged_open == 0 and self._staging is not None and self._staging_locked:
                 try:
                     self._staging.execute("SELECT pg_advisory_unlock_shared(%s)", [STAGING_LOCK])
                 except psycopg.Error:
                     self._staging.close()
+                self._staging_locked = False
 
     # Publishing
 

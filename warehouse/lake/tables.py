@@ -473,13 +473,23 @@ _TABLES = (
 TABLES: dict[str, TableSpec] = {spec.name: spec for spec in _TABLES}
 
 
-def table(name: str) -> TableSpec:
-    """The table of that name.
+def duckdb_type(type_: pa.DataType) -> str:
+    """DuckDB's name of an Arrow type the lake uses.
 
     Raises:
-        LakeDataError: there is no such table.
+        LakeDataError: the lake does not hold such columns.
     """
-    try:
-        return TABLES[name]
-    except KeyError:
-        raise LakeDataError(f"there is no lake table {name!r}; the tables are {', '.join(TABLES)}") from None
+    simple = {
+        pa.string(): "VARCHAR",
+        pa.int64(): "BIGINT",
+        pa.int32(): "INTEGER",
+        pa.float64(): "DOUBLE",
+        pa.bool_(): "BOOLEAN",
+        pa.date32(): "DATE",
+        pa.timestamp("us", tz="UTC"): "TIMESTAMP WITH TIME ZONE",
+    }
+    if type_ in simple:
+        return simple[type_]
+    if pa.types.is_decimal(type_):
+        return f"DECIMAL({type_.precision}, {type_.scale})"
+    raise LakeDataError(f"lake columns cannot be {type_}; use one of {', '.join(map(str, simple))} or a decimal")
