@@ -1,0 +1,251 @@
+"""What every page shares: navigation, theme, header, and the way a page fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import panel as pn
+import panel_material_ui as pmui
+from markupsafe import Markup
+
+from dashboards import components as ui
+from dashboards.api import ControlApi
+from dashboards.auth import Login, Logins
+from dashboards.config import DashboardSettings
+from dashboards.data import Data, DataError
+
+log = logging.getLogger("cloudoptim.dashboards")
+
+REFRESH_MS = 5_000
+
+THEME = {
+    "light": {
+        "palette": {
+            "primary": {"main": "#3457d5", "contrastText": "#ffffff"},
+            "background": {"default": "#f5f6fa", "paper": "#ffffff"},
+            "text": {"primary": "#141a2a", "secondary": "#5b6478"},
+            "divider": "#e1e5ee",
+        },
+    },
+    "dark": {
+        "palette": {
+            "primary": {"main": "#8aa4ff", "contrastText": "#0e1118"},
+            "background": {"default": "#0e1118", "paper": "#171b25"},
+            "text": {"primary": "#eef1f8", "secondary": "#9aa4b8"},
+            "divider": "#2a3040",
+        },
+    },
+}
+THEME_CONFIG = {
+    mode: {**parts, "shape": {"borderRadius": 8}, "typography": {"fontSize": 13}} for mode, parts in THEME.items()
+}
+# The bar on top is part of the page, not a coloured banner; shadows give way to hairlines.
+PAGE_SX = {
+    "& .header": {
+        "backgroundColor": "background.paper",
+        "backgroundImage": "none",
+        "color": "text.primary",
+        "boxShadow": "none",
+        "borderBottom": "1px solid",
+        "borderColor": "divider",
+    },
+    "& .header .MuiToolbar-root > .MuiBox-root": {"minWidth": 0},
+    "& .sidebar": {"backgroundImage": "none", "borderRight": "1px solid", "borderColor": "divider"},
+    "& .main": {"backgroundColor": "background.default"},
+    "& .logo": {"height": "30px"},
+}
+
+
+_ON_BAR = {"& .MuiSelect-select, & .MuiSvgIcon-root, & .MuiInputLabel-root": {"color": "text.primary"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What pages work with; made once per process."""
+
+    settings: DashboardSettings
+    data: Data
+    api: ControlApi
+    logins: Logins
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One person's page: who, whose data, and where from."""
+
+    services: Services
+    login: Login
+    customer_id: UUID
+
+    @property
+    def data(self) -> Data:
+        """All queries."""
+        return self.services.data
+
+
+@dataclass(frozen=True, slots=True)
+class PageSpec:
+    """A page in the navigation. ``build`` makes its content; it may raise DataError."""
+
+    slug: str
+    title: str
+    icon: str
+    build: Callable[[View], Any]
+    platform_only: bool = False
+
+
+def login_of_session(logins: Logins) -> Login | None:
+    """The login of the page being made: from the cookie of the request itself, never from what the page's token
+    repeats."""
+    context = pn.state.curdoc.session_context if pn.state.curdoc else None
+    request = getattr(getattr(context, "request", None), "_request", None)
+    return logins.from_request(request) if request is not None else None
+
+
+def page(services: Services, pages: tuple[PageSpec, ...], spec: PageSpec) -> Any:
+    """The whole page of one session."""
+    login = login_of_session(services.logins)
+    if login is None:
+        return pmui.Page(main=[ui.html(ui.problem("Nobody is signed in", "The sign-in is over.", "reload the page."))])
+    context = pn.state.curdoc.session_context if pn.state.curdoc else None
+    if context is not None:
+        services.logins.open_page(context.id, login)
+        pn.state.on_session_destroyed(lambda ended: services.logins.close_page(ended.id))
+    header, content = _content(services, spec, login)
+    shell = pmui.Page(
+        meta_title=f"{spec.title} · CloudOptim",
+        logo={"xs": ui.ASSETS / "mark.svg", "md": ui.ASSETS / "logo.svg"},
+        favicon=ui.ASSETS / "mark.svg",
+        sidebar=[_navigation(services, pages, spec, login)],
+        sidebar_width=208,
+        sidebar_resizable=False,
+        header=header,
+        main=[pn.Column(content, sizing_mode="stretch_width", margin=(20, 24, 40, 24))],
+        theme_config=THEME_CONFIG,
+        sx=PAGE_SX,
+        dark_theme=login.dark,
+        busy_indicator="linear",
+    )
+
+    def keep_theme(event: Any) -> None:
+        login.dark = event.new
+
+    shell.param.watch(keep_theme, "dark_theme")
+    return shell
+
+
+def _content(services: Services, spec: PageSpec, login: Login) -> tuple[list[Any], Any]:
+    """Header pieces and content of the page, or the error in the content's place."""
+    try:
+        customers = services.data.customers() if login.platform_admin else []
+        if login.customer_id is None or (customers and login.customer_id not in {known.id for known in customers}):
+            login.customer_id = customers[0].id if customers else None
+        if login.customer_id is None:
+            return [_environment(services)], ui.html(
+                ui.empty(
+                    "There is no customer yet",
+                    "Create one with POST /api/v1/customers, connect its AWS account and its first cluster; "
+                    "its pages appear here.",
+                )
+            )
+        view = View(services, login, login.customer_id)
+        header = _header(view, customers)
+        return header, spec.build(view)
+    except DataError as error:
+        return [_environment(services)], ui.html(ui.problem(error.what, error.why, error.next_step))
+    except Exception:
+        log.exception("page %s failed", spec.slug)
+        return [_environment(services)], ui.html(
+            ui.problem(
+                "This page failed",
+                "The dashboards met an error of their own; it is in their log with its cause.",
+                "reload the page; if it stays, send the log of the process named dashboards.",
+            )
+        )
+
+
+def _navigation(services: Services, pages: tuple[PageSpec, ...], current: PageSpec, login: Login) -> Any:
+    shown = [spec for spec in pages if login.platform_admin or not spec.platform_only]
+    items = [{"label": spec.title, "icon": spec.icon, "href": f"/{spec.slug}"} for spec in shown]
+    active = shown.index(current) if current in shown else None
+    return pmui.MenuList(items=items, active=active, dense=True, sizing_mode="stretch_width", margin=(8, 8))
+
+
+def _environment(services: Services) -> Any:
+    return ui.html(header_html("", sandbox=services.settings.sandbox, name=""), css_classes=["top"])
+
+
+def header_html(freshness: str, *, sandbox: bool, name: str) -> Markup:
+    """Environment, how fresh the data is, who is signed in."""
+    return Markup(
+        '<div class="top">{}<span class="fresh">{}</span><span class="grow"></span><span class="who">{}</span>{}</div>'
+    ).format(
+        ui.chip("sandbox", "warn") if sandbox else "",
+        freshness,
+        name,
+        Markup('<a href="/logout">Sign out</a>') if name else "",
+    )
+
+
+def freshness_text(view: View, now: datetime) -> str:
+    """The lake release shown and up to when its hours are complete."""
+    fresh = view.data.freshness(view.customer_id)
+    if fresh.release_id is None:
+        return "no lake release yet"
+    until = f"complete to {ui.when(fresh.complete_until)} UTC" if fresh.complete_until else "no complete hour yet"
+    return f"{until} · lake release {fresh.release_id}, {ui.ago(fresh.released_at, now)}"
+
+
+def _header(view: View, customers: list[Any]) -> list[Any]:
+    sandbox, name = view.services.settings.sandbox, view.login.name
+
+    def text() -> Markup:
+        return header_html(freshness_text(view, datetime.now(UTC)), sandbox=sandbox, name=name)
+
+    top = ui.html(text())
+    live(lambda: ui.put(top, text()), period_ms=2 * REFRESH_MS)
+    if not view.login.platform_admin or len(customers) < 2:
+        return [top]
+    names = {customer.name: customer.id for customer in customers}
+    chosen = next((known for known, id_ in names.items() if id_ == view.customer_id), None)
+    select = pmui.Select(
+        label="Customer",
+        options=list(names),
+        value=chosen,
+        size="small",
+        width=200,
+        margin=(4, 12),
+        variant="outlined",
+        sx=_ON_BAR,
+    )
+
+    def change(event: Any) -> None:
+        view.login.customer_id = names[event.new]
+        if pn.state.location is not None:
+            pn.state.location.param.update(search="", reload=True)
+
+    select.param.watch(change, "value")
+    return [select, top]
+
+
+def live(refresh: Callable[[], None], *, period_ms: int = REFRESH_MS) -> None:
+    """Call ``refresh`` while the page is open; nothing runs without an open page. What cannot be read now is tried
+    again at the next tick and leaves the page as it is."""
+
+    def tick() -> None:
+        try:
+            refresh()
+        except DataError as error:
+            log.warning("refresh: %s", error)
+
+    pn.state.add_periodic_callback(tick, period=period_ms)
+
+
+def heading(title: str, note: str | Markup = "") -> Any:
+    """The page's own title."""
+    return ui.html(Markup('<div class="title"><h1>{}</h1><p>{}</p></div>').format(title, note))
