@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -155,6 +156,29 @@ def sandbox_run() -> None:
     from control.sandbox.main import run
 
     run(load_settings())
+
+
+@sandbox_app.command("replay")
+def sandbox_replay(
+    prices: Annotated[Path, typer.Option(help="Folder with spot_price/region=…/month=….parquet.", exists=True)],
+    start: Annotated[
+        datetime, typer.Option("--from", help="What the clock says at first (UTC).", formats=["%Y-%m-%d"])
+    ],
+    speed: Annotated[float, typer.Option(help="Seconds of the recording that pass per second.", min=0.0)] = 1.0,
+    port: Annotated[int, typer.Option(envvar="CLOUDOPTIM_SANDBOX_PORT", help="Port of the AWS endpoint.")] = 14566,
+) -> None:
+    """Serve recorded Spot prices through AWS's price endpoints, in the foreground."""
+    import asyncio
+
+    from control.sandbox.aws.replay import serve_replay
+
+    home = load_settings().home / "sandbox" / "replay"
+    try:
+        asyncio.run(
+            serve_replay(prices, start.replace(tzinfo=UTC), speed=speed, host="127.0.0.1", port=port, home=home)
+        )
+    except (OSError, ValueError) as error:
+        fail(str(error))
 
 
 @lake_app.command("sql")

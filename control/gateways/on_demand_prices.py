@@ -86,16 +86,14 @@ def fetch_on_demand(
                 earlier = rows.setdefault(row["instance_type"], row)
                 if earlier["price_usd_per_hour"] != row["price_usd_per_hour"]:
                     raise OnDemandPriceError(
-                        f"{region} {row['instance_type']}: SKU {earlier['sku']} costs {earlier['price_usd_per_hour']} and "
-                        f"SKU {row['sku']} {row['price_usd_per_hour']} USD/h; the price list has a product this filter "
-                        f"does not know"
+                        f"{region} {row['instance_type']} has two prices: {earlier['price_usd_per_hour']} (SKU "
+                        f"{earlier['sku']}) and {row['price_usd_per_hour']} USD/h (SKU {row['sku']}); the price list "
+                        "sells something this filter does not know"
                     )
     finally:
         client.close()
     if not rows:
-        raise OnDemandPriceError(
-            f"the price list has no on-demand price for region {region!r}; is the region's code right?"
-        )
+        raise OnDemandPriceError(f"the price list has no on-demand price for {region!r}; check the region's code")
     return pa.Table.from_pylist([rows[name] for name in sorted(rows)], SCHEMA)
 
 

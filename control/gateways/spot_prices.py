@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,12 +44,12 @@ SCHEMA = pa.schema(
         pa.field("price_usd_per_hour", pa.string()),
     ]
 )
-"""One row per record. `zone_id` is the same place in every account, `availability_zone` the caller's own name for it."""
+"""One row per record. `zone_id` is the same place in every account, `availability_zone` is the caller's name for it."""
 
 PAGE_SIZE = 1_000
 """AWS's limit."""
 WINDOW = timedelta(days=7)
-"""Asked for at a time. A window is held until it is complete (about 80,000 rows of the largest region), so that a
+"""Asked for at a time. A window is held until it is complete (80,000 rows of the largest region), so that a
 restarted one never yields a row twice."""
 HISTORY_KEPT = timedelta(days=90)
 """How far back AWS answers; asking for more is clipped by AWS, the caller records the gap."""
@@ -68,7 +69,7 @@ _EXPIRED_CREDENTIALS_CODES = {"RequestExpired", "ExpiredToken", "ExpiredTokenExc
 
 
 class SpotPriceError(Exception):
-    """AWS refused, or kept failing. `code` is AWS's own, or Unreachable, Unanswered, BadAnswer, TokenLoop, TooManyPages."""
+    """AWS refused, or kept failing. `code` is AWS's own, or Unanswered, BadAnswer, TokenLoop, TooManyPages."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"DescribeSpotPriceHistory: {code}: {message}")
@@ -105,7 +106,7 @@ def fetch_spot_prices(
     window: timedelta = WINDOW,
     report: FetchReport | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Price records of one region in [start, end], with the one in force at `start` of every pool, in batches of SCHEMA.
+    """Price records of one region in [start, end], and per pool the one in force at `start`, in batches of SCHEMA.
 
     Batches run forward in time (a window each); rows inside one are as AWS ordered them, newest first.
 
@@ -132,8 +133,7 @@ def fetch_spot_prices(
             # AWS adds the record in force before the window: only the first window may say it, the others repeat
             if first > start:
                 batch = batch.filter(pa.compute.greater_equal(batch["ts"], pa.scalar(first, SCHEMA.field("ts").type)))
-            for part in batch.to_batches():
-                yield part
+            yield from batch.to_batches()
             if last >= end:
                 return
             first = last
@@ -153,7 +153,12 @@ class _Client:
         self.url = (endpoint_url or f"https://ec2.{region}.amazonaws.com").rstrip("/") + "/"
         self._credentials = credentials
         self._chain: Any = None
-        self._http = URLLib3Session(timeout=(CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS), max_pool_connections=1)
+        self._http = URLLib3Session(
+            timeout=(CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS),
+            max_pool_connections=1,
+            # botocore's clients pass this themselves; without it Nagle and delayed acknowledgements cost 40 ms a page
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+        )
         self._zone_ids: dict[str, str] | None = None
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The default network of every account: one VPC, one subnet per zone, one security group.
 
 Ids are digests of (account, region, zone) and zone names are shuffled per account, as AWS does: us-east-1a of one
-account is not us-east-1a of another. Deriving them needs no storage, so a frozen launch request is still valid after a restart.
+account is not us-east-1a of another. Deriving them needs no storage: a frozen launch request stays valid after a
+restart.
 """
 
 import hashlib

@@ -6,6 +6,7 @@ status and market option; several cost $0.00. Whoever takes "the first price" ge
 
 import hashlib
 import json
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -37,7 +38,7 @@ class PriceList:
 
     def __init__(self, market: Market, catalogue: Catalogue) -> None:
         self.market, self.catalogue = market, catalogue
-        self._products: dict[str, tuple[dict[str, float], list[dict[str, Any]]]] = {}
+        self._products: dict[str, tuple[dict[str, tuple[float, datetime]], list[dict[str, Any]]]] = {}
 
     def handle(self, call: Call) -> Answer:
         if call.action == "DescribeServices":
@@ -82,21 +83,27 @@ class PriceList:
     def _of(self, region: str) -> list[dict[str, Any]]:
         now = self.market.now()
         names = {p.instance_type for p in self.market.pools(region)} | set(self.catalogue.types)
-        prices = {n: v for n in sorted(names) if (v := self.market.on_demand_usd_per_hour(region, n, now)) is not None}
+        prices = {
+            n: (usd, self.market.on_demand_since(region, n, now))
+            for n in sorted(names)
+            if (usd := self.market.on_demand_usd_per_hour(region, n, now)) is not None
+        }
         cached = self._products.get(region)
         if cached is None or cached[0] != prices:
-            cached = (prices, [r for n, usd in prices.items() for r in self._type(region, n, usd)])
+            cached = (prices, [r for n, listed in prices.items() for r in self._type(region, n, *listed)])
             self._products[region] = cached
         return cached[1]
 
-    def _type(self, region: str, name: str, usd: float) -> list[dict[str, Any]]:
+    def _type(self, region: str, name: str, usd: float, since: datetime) -> list[dict[str, Any]]:
         variants = list(_VARIANTS)
         if name.startswith(("p4d.", "p5.")):
             variants.insert(0, _CAPACITY_BLOCK)
-        return [self._product(region, name, differs, usage, usd * factor) for differs, usage, factor in variants]
+        return [self._product(region, name, differs, usage, usd * factor, since) for differs, usage, factor in variants]
 
-    def _product(self, region: str, name: str, differs: dict[str, str], usage: str, usd: float) -> dict[str, Any]:
-        kind = self.catalogue.types.get(name)
+    def _product(
+        self, region: str, name: str, differs: dict[str, str], usage: str, usd: float, since: datetime
+    ) -> dict[str, Any]:
+        vcpus, memory_gib = self.market.size(name) or (None, None)
         attributes = {
             "servicecode": "AmazonEC2",
             "servicename": "Amazon Elastic Compute Cloud",
@@ -106,8 +113,8 @@ class PriceList:
             "instanceType": name,
             "instanceFamily": "General purpose",
             "currentGeneration": "Yes",
-            "vcpu": str(kind.vcpus) if kind else "NA",
-            "memory": f"{kind.memory_gib:g} GiB" if kind else "NA",
+            "vcpu": str(vcpus) if vcpus else "NA",
+            "memory": f"{memory_gib:g} GiB" if memory_gib else "NA",
             "operatingSystem": "Linux",
             "licenseModel": "No License required",
             "tenancy": "Shared",
@@ -132,7 +139,7 @@ class PriceList:
         offer = {
             "sku": sku,
             "offerTermCode": ON_DEMAND_TERM,
-            "effectiveDate": "2023-08-01T00:00:00Z",
+            "effectiveDate": since.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "termAttributes": {},
             "priceDimensions": {rate: dimension},
         }

@@ -144,7 +144,9 @@ class SandboxAWS:
         self._prices = SpotHistory(self.market, self.config.price_page_size)
         self._price_list = PriceList(self.market, load_catalogue())
         self._moto = Moto()
-        listening = socket.socket(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET)
+        # asyncio switches Nagle off only on sockets that name their protocol; without it every answer takes 40 ms
+        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((self.config.host, self.config.port))
@@ -255,7 +257,7 @@ class SandboxAWS:
         return self._sqs.url(self._sqs.create(account_id, region, name, attributes))
 
     def send_event(self, queue: str, body: str | dict[str, Any], *, delay_seconds: int = 0) -> str:
-        """Deliver a body (dicts as JSON) as EventBridge would; `queue` is a URL or account id; answers the message id."""
+        """Deliver a body (dicts as JSON) as EventBridge would; `queue`: a URL or account id. Answers the message id."""
         text = body if isinstance(body, str) else json.dumps(body)
         (message,) = self._sqs.send(self._queue(queue), [text], delay_seconds=delay_seconds)
         return message.id

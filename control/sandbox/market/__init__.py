@@ -7,6 +7,7 @@ time) and `ReplayMarket` (a folder of Parquet).
 from control.sandbox.market.catalogue import REGIONS, Catalogue, InstanceType, Pool, load_catalogue
 from control.sandbox.market.generator import GeneratedMarket, Parameters, load_parameters
 from control.sandbox.market.interface import Market, PriceChanges
+from control.sandbox.market.replay import ReplayMarket
 
 __all__ = [
     "REGIONS",
@@ -17,6 +18,7 @@ __all__ = [
     "Parameters",
     "Pool",
     "PriceChanges",
+    "ReplayMarket",
     "load_catalogue",
     "load_parameters",
 ]

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from control.sandbox.market.catalogue import REGIONS, Catalogue, Pool, load_catalogue
-from control.sandbox.market.interface import PriceChanges
+from control.sandbox.market.interface import PriceChanges, microseconds
 
 FACTORS = ("market", "family", "family_zone", "type", "pool")
 
@@ -36,6 +36,8 @@ BLOCK_US = BLOCK_DAYS * 86_400_000_000
 BURN_IN_TIME_CONSTANTS = 8
 """exp(-8) = 0.03 % of a standard deviation is what two blocks disagree by at their border: under a tick."""
 
+LISTED_SINCE = datetime(2023, 8, 1, tzinfo=UTC)
+"""The catalogue's list prices are those of August 2023 and do not change."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 SCARCE_SLOT_HOURS = 12
@@ -220,12 +222,6 @@ def _key(seed: int, label: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{label}".encode()).digest()[:8], "little")
 
 
-def _microseconds(at: datetime) -> int:
-    if at.tzinfo is None:
-        raise ValueError("market times must carry a time zone (UTC)")
-    return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-
-
 class GeneratedMarket:
     """The living market. Thread-safe; the same seed and parameters give the same prices on every machine."""
 
@@ -259,9 +255,12 @@ class GeneratedMarket:
     def on_demand_usd_per_hour(self, region: str, instance_type: str, at: datetime) -> float | None:
         return self.catalogue.on_demand_usd_per_hour(region, instance_type)
 
+    def on_demand_since(self, region: str, instance_type: str, at: datetime) -> datetime:
+        return LISTED_SINCE
+
     def price_usd_per_hour(self, pool: Pool, at: datetime) -> float:
         region, i = self._find(pool)
-        when = _microseconds(at)
+        when = microseconds(at)
         number = when // BLOCK_US
         while True:
             block = self._block(region, number)
@@ -272,6 +271,10 @@ class GeneratedMarket:
             # nothing published in this block yet: the newest record of the block before is in force
             number -= 1
             when = (number + 1) * BLOCK_US
+
+    def size(self, instance_type: str) -> tuple[int, float] | None:
+        kind = self.catalogue.types.get(instance_type)
+        return None if kind is None else (kind.vcpus, kind.memory_gib)
 
     def changes(
         self,
@@ -292,7 +295,7 @@ class GeneratedMarket:
                 for p in state.pools
             ]
         )
-        start_us, end_us = _microseconds(start), _microseconds(end)
+        start_us, end_us = microseconds(start), microseconds(end)
         missing = wanted.copy()
         number = end_us // BLOCK_US
         while missing.any():
@@ -321,7 +324,7 @@ class GeneratedMarket:
     def scarce(self, pool: Pool, at: datetime) -> bool:
         """Whether the pool's family is short in its zone at that time (and this pool among those hit)."""
         region, i = self._find(pool)
-        slot = _microseconds(at) // (SCARCE_SLOT_HOURS * 3_600_000_000)
+        slot = microseconds(at) // (SCARCE_SLOT_HOURS * 3_600_000_000)
         keys, inverse = region.sources["family_zone"]
         family_short = (
             _uniforms(keys[inverse[i] : inverse[i] + 1], slot, 1, stream=5)[0, 0] < self.parameters.scarce_share
@@ -340,7 +343,7 @@ class GeneratedMarket:
         return region, region.index[pool]
 
     def _x(self, region: _Region, i: int, at: datetime) -> float:
-        when = _microseconds(at)
+        when = microseconds(at)
         number, inside = divmod(when, BLOCK_US)
         grid = self._block(region, number).x_grid[i]
         position = inside / (STEP_HOURS * 3_600_000_000)

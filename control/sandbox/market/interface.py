@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,13 @@ class PriceChanges:
         return len(self.at)
 
 
+def microseconds(at: datetime) -> int:
+    """Since the epoch; raises ValueError for a time without a zone."""
+    if at.tzinfo is None:
+        raise ValueError("market times must carry a time zone (UTC)")
+    return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
 class Market(Protocol):
     """Prices, hazards and capacity of Spot pools at any time."""
 
@@ -45,7 +52,17 @@ class Market(Protocol):
         """The Spot price in force; raises KeyError for an unknown pool."""
         ...
 
-    def on_demand_usd_per_hour(self, region: str, instance_type: str, at: datetime) -> float | None: ...
+    def on_demand_usd_per_hour(self, region: str, instance_type: str, at: datetime) -> float | None:
+        """The list price in force; None where the type is not sold."""
+        ...
+
+    def on_demand_since(self, region: str, instance_type: str, at: datetime) -> datetime:
+        """When that list price took effect."""
+        ...
+
+    def size(self, instance_type: str) -> tuple[int, float] | None:
+        """(vCPUs, memory in GiB), None where unknown."""
+        ...
 
     def changes(
         self,
