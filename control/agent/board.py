@@ -1,0 +1,327 @@
+"""The tasks in the agent's hands: steps on a small thread pool, heartbeats, and reports that are not lost.
+
+A drain spends its time waiting for pods, so a task holds no thread between steps: two hundred drains at once need eight
+threads. A task is run once at a time however often it is offered; an offer under a newer epoch only renews the lease.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from pydantic import ValidationError
+
+from control.agent.cluster import Cluster, ClusterError
+from control.agent.drain import DEFAULT_LIMIT, Again, Finished
+from control.agent.server import Backoff, Rejected, Server, Unavailable
+from control.agent.spool import Spool, created_at
+from control.agent.tasks import Stepper, make_stepper
+from warehouse.contracts import TASK_TYPE_ALIASES, OptimizationTask, TaskStatus
+
+log = logging.getLogger(__name__)
+
+STEP_THREADS = 8
+HEARTBEAT_SECONDS = 5.0  # a lease lasts 15 s
+RETRY_SECONDS = 1.0  # after an error of the Kubernetes API
+MAX_IN_FLIGHT = 256
+REPORTS_KEPT_SECONDS = 24 * 3600
+FINISHED_REMEMBERED = 1000
+
+
+@dataclass
+class Run:
+    """One task being done."""
+
+    task: OptimizationTask
+    stepper: Stepper
+    started_at: datetime
+    epoch: int
+    last_report: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+
+class Reports:
+    """Task reports on their way to the server, kept on disk until it answers 2xx or 409, at most 24 hours."""
+
+    def __init__(self, server: Server, spool: Spool, *, lost_lease: Callable[[UUID, int], None]) -> None:
+        self._server, self._spool, self._lost_lease = server, spool, lost_lease
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._backoff = Backoff()
+
+    def put(self, task_id: UUID, epoch: int, status: TaskStatus, detail: dict[str, Any], **times: str) -> None:
+        """Keep a report durably and send it as soon as possible."""
+        body = {"lease_epoch": epoch, "report_id": str(uuid4()), "status": status, "detail": detail, **times}
+        self._spool.put(str(task_id), json.dumps(body).encode())
+        self._wake.set()
+
+    def readdress(self, task_id: UUID, epoch: int) -> bool:
+        """Send an unacknowledged final report under a newer epoch: its work is done and must not be done again."""
+        found = False
+        for path in self._spool.items():
+            content = self._spool.read(path) if path.name.endswith(str(task_id)) else None
+            if content is None:
+                continue
+            body = json.loads(content)
+            if body["status"] != TaskStatus.RUNNING and body["lease_epoch"] != epoch:
+                self._spool.put(str(task_id), json.dumps({**body, "lease_epoch": epoch}).encode())
+                self._spool.done(path)
+                found = True
+            elif body["status"] != TaskStatus.RUNNING:
+                found = True
+        if found:
+            self._wake.set()
+        return found
+
+    def waiting(self) -> int:
+        """Reports not yet acknowledged."""
+        return len(self._spool.items())
+
+    def run(self) -> None:
+        """Send until stopped."""
+        while not self._stop.is_set():
+            self._wake.clear()
+            pause = self._send_all()
+            if pause is None:
+                self._wake.wait()
+            else:
+                self._stop.wait(pause)
+
+    def stop(self) -> None:
+        """Let `run` end after what it is sending now."""
+        self._stop.set()
+        self._wake.set()
+
+    def flush(self, seconds: float) -> None:
+        """Try once more to send what is left; used while stopping."""
+        give_up = time.monotonic() + seconds
+        while self.waiting() and time.monotonic() < give_up:
+            if self._send_all() is not None:
+                time.sleep(0.1)
+
+    def _send_all(self) -> float | None:
+        """Send everything once; the seconds to wait when the server does not take it, else None."""
+        for path in self._spool.items():
+            content = self._spool.read(path)
+            if content is None:
+                continue
+            task_id = UUID(path.name.split("-", 1)[1])
+            if time.time() - created_at(path) > REPORTS_KEPT_SECONDS:
+                log.error("report on task %s is dropped: the server has not taken it for 24 hours", task_id)
+                self._spool.done(path)
+                continue
+            body = json.loads(content)
+            try:
+                kept = self._server.report(task_id, content)
+            except Unavailable as error:
+                log.warning("report on task %s waits: %s", task_id, error)
+                return self._backoff.pause(error.retry_after_seconds)
+            except Rejected as error:
+                log.error("report on task %s was rejected and is dropped: %s", task_id, error)
+                kept = True
+            self._backoff.reset()
+            if not kept:
+                log.warning("report on task %s: the lease (epoch %s) was no longer ours", task_id, body["lease_epoch"])
+                self._lost_lease(task_id, body["lease_epoch"])
+            self._spool.done(path)
+        return None
+
+
+class Board:
+    """Runs tasks."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        server: Server,
+        spool: Spool,
+        *,
+        collect: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._cluster, self._server, self._collect = cluster, server, collect
+        self.reports = Reports(server, spool, lost_lease=self._lost_lease)
+        self._runs: dict[UUID, Run] = {}
+        self._finished: OrderedDict[UUID, Finished] = OrderedDict()
+        self._due: list[tuple[float, int, UUID]] = []
+        self._count = 0
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        work = [(f"step-{index}", self._work) for index in range(STEP_THREADS)]
+        for name, target in [*work, ("reports", self.reports.run), ("heartbeat", self._heartbeat)]:
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    @property
+    def room(self) -> int:
+        """How many more tasks may be taken."""
+        return max(0, MAX_IN_FLIGHT - len(self._runs))
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks being done."""
+        return len(self._runs)
+
+    def take(self, offered: dict[str, Any]) -> None:
+        """Begin a task, or renew the lease of one that is running or done."""
+        try:
+            task = _understood(offered)
+        except ValidationError as error:
+            log.error("a task is not understood and is refused: %s", error)
+            if offered.get("task_id") and isinstance(offered.get("lease_epoch"), int):
+                reason = f"this agent does not understand the task: {error.errors()[0]['msg']}"
+                self.reports.put(
+                    UUID(offered["task_id"]), offered["lease_epoch"], TaskStatus.REFUSED, {"reason": reason}
+                )
+            return
+        now = self._server.now()
+        with self._condition:
+            running = self._runs.get(task.task_id)
+            if running is not None:
+                running.epoch = max(running.epoch, task.lease_epoch)
+                running.last_report = 0.0  # the next heartbeat confirms the new epoch
+                return
+            known = self._finished.get(task.task_id)
+        if self.reports.readdress(task.task_id, task.lease_epoch):
+            log.info("task %s was done already; its report is sent again", task.task_id)
+            return
+        if known is not None:
+            self._report(task.task_id, task.lease_epoch, known, now)
+            return
+        if task.deadline is not None and task.deadline <= now:
+            log.warning("task %s (%s) came after its deadline and is not executed", task.task_id, task.task_type)
+            late = Finished(TaskStatus.REFUSED, {"reason": "the deadline had passed when the task arrived"})
+            self._report(task.task_id, task.lease_epoch, late, now)
+            return
+        log.info("task %s: %s %s", task.task_id, task.task_type, task.parameters.get("node_name", ""))
+        run = Run(task, make_stepper(task, now, self._collect), now, task.lease_epoch)
+        with self._condition:
+            self._runs[task.task_id] = run
+        self._schedule(run, 0)
+
+    def stop(self, seconds: float) -> None:
+        """Stop taking steps; finished work is reported, unfinished work is left to the next lease."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        give_up = time.monotonic() + seconds
+        self.reports.stop()
+        for thread in self._threads:
+            thread.join(max(0.0, give_up - time.monotonic()))
+        self.reports.flush(max(0.0, give_up - time.monotonic()))
+
+    # -- threads
+
+    def _schedule(self, run: Run, after_seconds: float) -> None:
+        with self._condition:
+            self._count += 1
+            heapq.heappush(self._due, (time.monotonic() + after_seconds, self._count, run.task.task_id))
+            self._condition.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                while not self._stopping and (not self._due or self._due[0][0] > time.monotonic()):
+                    wait = self._due[0][0] - time.monotonic() if self._due else None
+                    self._condition.wait(wait)
+                if self._stopping:
+                    return
+                _, _, task_id = heapq.heappop(self._due)
+                run = self._runs.get(task_id)
+            if run is not None:
+                self._step(run)
+
+    def _step(self, run: Run) -> None:
+        now = self._server.now()
+        if run.cancelled:
+            log.warning("task %s is left: its lease went to somebody else", run.task.task_id)
+            with self._condition:
+                self._runs.pop(run.task.task_id, None)
+            return
+        try:
+            step = run.stepper(self._cluster, now)
+        except ClusterError as error:
+            step = self._after_error(run, error, now)
+        except Exception as error:  # one broken task must not end the thread that serves the others
+            log.exception("task %s failed", run.task.task_id)
+            step = Finished(TaskStatus.FAILED, {"reason": f"the agent failed: {type(error).__name__}: {error}"})
+        if isinstance(step, Again):
+            if step.progress is not None:
+                log.info("task %s: %s", run.task.task_id, step.progress.get("progress"))
+                run.last_report = time.monotonic()
+                self.reports.put(
+                    run.task.task_id,
+                    run.epoch,
+                    TaskStatus.RUNNING,
+                    step.progress,
+                    started_at=run.started_at.isoformat(),
+                )
+            self._schedule(run, step.after_seconds)
+            return
+        # Durable first, forgotten second: an offer in between finds one or the other.
+        self._report(run.task.task_id, run.epoch, step, self._server.now(), run.started_at)
+        with self._condition:
+            self._finished[run.task.task_id] = step
+            while len(self._finished) > FINISHED_REMEMBERED:
+                self._finished.popitem(last=False)
+            self._runs.pop(run.task.task_id, None)
+
+    def _after_error(self, run: Run, error: ClusterError, now: datetime) -> Again | Finished:
+        temporary = error.status in (0, 409, 429) or error.status >= 500
+        give_up_at = run.task.deadline or run.started_at + DEFAULT_LIMIT
+        if temporary and now < give_up_at:
+            log.warning("task %s: %s; trying again", run.task.task_id, error)
+            return Again(RETRY_SECONDS)
+        return Finished(TaskStatus.FAILED, {"reason": f"the Kubernetes API answered {error}"})
+
+    def _report(
+        self, task_id: UUID, epoch: int, end: Finished, now: datetime, started_at: datetime | None = None
+    ) -> None:
+        log.info("task %s: %s %s", task_id, end.status, end.detail.get("reason", ""))
+        times = {"finished_at": now.isoformat()}
+        if started_at is not None:
+            times["started_at"] = started_at.isoformat()
+        self.reports.put(task_id, epoch, end.status, end.detail, **times)
+
+    def _lost_lease(self, task_id: UUID, epoch: int) -> None:
+        with self._condition:
+            run = self._runs.get(task_id)
+            if run is not None and run.epoch == epoch:
+                run.cancelled = True
+
+    def _heartbeat(self) -> None:
+        """Renew the leases of what takes longer than a moment; not kept on disk, the next one follows soon."""
+        while not self._stopping:
+            time.sleep(min(1.0, HEARTBEAT_SECONDS / 4))
+            now = time.monotonic()
+            with self._condition:
+                due = [run for run in self._runs.values() if now - run.last_report >= HEARTBEAT_SECONDS]
+            for run in due:
+                if self._stopping:
+                    return
+                run.last_report = time.monotonic()
+                epoch = run.epoch
+                body = {"lease_epoch": epoch, "report_id": str(uuid4()), "status": TaskStatus.RUNNING, "detail": {}}
+                try:
+                    if not self._server.report(run.task.task_id, json.dumps(body).encode()):
+                        self._lost_lease(run.task.task_id, epoch)
+                except (Unavailable, Rejected) as error:
+                    log.debug("heartbeat of task %s: %s", run.task.task_id, error)
+
+
+def _understood(offered: dict[str, Any]) -> OptimizationTask:
+    alias = TASK_TYPE_ALIASES.get(str(offered.get("task_type")))
+    return OptimizationTask.model_validate({**offered, "task_type": alias} if alias else offered)

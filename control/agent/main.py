@@ -1,0 +1,240 @@
+"""The agent's process: one long poll, one metrics loop, one node watch, and the threads of the task board."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from control.agent.board import Board
+from control.agent.cluster import Cluster, ClusterError
+from control.agent.collector import batch, collect
+from control.agent.config import AGENT_VERSION, AgentConfig, ConfigError, read_config
+from control.agent.notices import Noticed, events_body, notices_of
+from control.agent.server import Backoff, Rejected, Server, Unavailable
+from control.agent.spool import Sequence, Spool
+from control.agent.tasks import UNDERSTOOD
+
+log = logging.getLogger("cloudoptim.agent")
+
+POLL_LIMIT = 50
+METRICS_KEPT_SECONDS = 6 * 3600
+EVENTS_KEPT_SECONDS = 3600  # a notice says nothing after its two minutes; what happened is in the state by then
+STOP_SECONDS = 4.0
+
+
+class Agent:
+    """All parts of one agent."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        state = config.state_dir
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._cluster = Cluster(config)
+        self._server = Server(config)
+        self._metrics = Spool(state / "metrics", max_age_seconds=METRICS_KEPT_SECONDS)
+        self._events = Spool(state / "events", max_age_seconds=EVENTS_KEPT_SECONDS)
+        self._sequence = Sequence(state / "sequence")
+        self._collecting = threading.Lock()
+        self._noticed = Noticed()
+        self.board = Board(
+            self._cluster,
+            self._server,
+            Spool(state / "reports", max_age_seconds=24 * 3600),
+            collect=self._collect_now,
+        )
+        self._stop = threading.Event()
+        self._metrics_due = threading.Event()
+        self._events_due = threading.Event()
+        self._last_poll = 0.0
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        self.board.start()
+        for name, target in (
+            ("poll", self._poll),
+            ("collect", self._collect_loop),
+            ("send-metrics", self._send_metrics),
+            ("watch", self._watch),
+            ("send-events", self._send_events),
+        ):
+            threading.Thread(target=target, name=name, daemon=True).start()
+        if self.config.health_port:
+            threading.Thread(target=self._serve_health, name="health", daemon=True).start()
+        log.info("agent %s serves cluster %s at %s", AGENT_VERSION, self.config.cluster_name, self.config.server_url)
+        self._stop.wait()
+        log.info("stopping: %d tasks in hand go back to the server", self.board.in_flight)
+        self.board.stop(STOP_SECONDS)
+
+    # -- tasks
+
+    def _poll(self) -> None:
+        backoff = Backoff()
+        connected = False
+        while not self._stop.is_set():
+            limit = min(POLL_LIMIT, self.board.room)
+            if not limit:
+                self._stop.wait(0.2)
+                continue
+            started = time.monotonic()
+            try:
+                offered = self._server.poll(UNDERSTOOD, limit)
+            except (Unavailable, Rejected) as error:
+                pause = backoff.pause(getattr(error, "retry_after_seconds", None))
+                log.warning("no tasks from the server: %s; again in %.1f s", error, pause)
+                connected = False
+                self._stop.wait(pause)
+                continue
+            backoff.reset()
+            self._last_poll = time.monotonic()
+            if not connected:
+                connected = True
+                log.info("connected to the server; waiting for tasks")
+            for task in offered:
+                self.board.take(task)
+            if time.monotonic() - started < 0.05 and offered:
+                # A task may be offered again before its first report has arrived: do not ask in a tight loop.
+                self._stop.wait(0.05)
+
+    # -- metrics
+
+    def _collect_now(self) -> dict[str, Any]:
+        """Collect, keep on disk, wake the sender; returns a summary of the state."""
+        with self._collecting:
+            now = self._server.now()
+            state, samples = collect(self._cluster, self.config.cluster_id, self.config.cluster_name, now)
+            body = batch(state, samples, cluster_id=self.config.cluster_id, seq=self._sequence.next(), now=now)
+            self._metrics.put("batch.zst", body)
+        self._metrics_due.set()
+        return {
+            name: state[name]
+            for name in ("node_count", "pod_count", "spot_node_count", "on_demand_node_count", "state_hash")
+        } | {"samples": len(samples["metric"])}
+
+    def _collect_loop(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            try:
+                self._collect_now()
+            except ClusterError as error:
+                log.warning("no metrics this time: %s", error)
+            except OSError as error:
+                log.error("metrics cannot be kept below %s: %s", self.config.state_dir, error)
+            due = max(due + self.config.metrics_seconds, time.monotonic())
+            self._stop.wait(due - time.monotonic())
+
+    def _send_metrics(self) -> None:
+        backoff = Backoff()
+        while not self._stop.is_set():
+            self._metrics_due.wait(60)
+            self._metrics_due.clear()
+            dropped = self._metrics.trim()
+            if dropped:
+                log.error("%d metric batches were dropped: the server has not taken them for six hours", dropped)
+            for path in self._metrics.items():
+                content = self._metrics.read(path)
+                if content is None or self._stop.is_set():
+                    continue
+                try:
+                    answer = self._server.send_metrics(content)
+                except Unavailable as error:
+                    pause = backoff.pause(error.retry_after_seconds)
+                    log.warning("metrics wait on disk: %s; again in %.1f s", error, pause)
+                    self._stop.wait(pause)
+                    self._metrics_due.set()
+                    break
+                except Rejected as error:
+                    log.error("a metric batch was rejected and is dropped: %s", error)
+                else:
+                    if answer.get("rejected"):
+                        log.warning("the server rejected %d samples of a batch", len(answer["rejected"]))
+                backoff.reset()
+                self._metrics.done(path)
+
+    # -- notices
+
+    def _watch(self) -> None:
+        backoff = Backoff()
+        while not self._stop.is_set():
+            try:
+                for node in self._cluster.watch_nodes():
+                    backoff.reset()
+                    fresh = self._noticed.fresh(notices_of(node, self._server.now()))
+                    if fresh:
+                        for event in fresh:
+                            log.warning(
+                                "%s announced for %s (%s)", event.event_type, event.node_name, event.instance_id
+                            )
+                        self._events.put("events.json", events_body(self.config.cluster_id, fresh))
+                        self._events_due.set()
+                    if self._stop.is_set():
+                        return
+            except (ClusterError, OSError) as error:
+                pause = backoff.pause()
+                log.warning("the node watch ended: %s; again in %.1f s", error, pause)
+                self._stop.wait(pause)
+
+    def _send_events(self) -> None:
+        backoff = Backoff()
+        self._events_due.set()
+        while not self._stop.is_set():
+            self._events_due.wait(60)
+            self._events_due.clear()
+            self._events.trim()
+            for path in self._events.items():
+                content = self._events.read(path)
+                if content is None:
+                    continue
+                try:
+                    self._server.send_events(content)
+                except Unavailable as error:
+                    pause = backoff.pause(error.retry_after_seconds)
+                    log.warning("events wait on disk: %s; again in %.1f s", error, pause)
+                    self._stop.wait(pause)
+                    self._events_due.set()
+                    break
+                except Rejected as error:
+                    log.error("events were rejected and are dropped: %s", error)
+                backoff.reset()
+                self._events.done(path)
+
+    # -- health
+
+    def _serve_health(self) -> None:
+        agent = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                silent = time.monotonic() - agent._last_poll
+                healthy = self.path == "/healthz" and silent < 120
+                self.send_response(200 if healthy else 503)
+                self.end_headers()
+                self.wfile.write(b"ok\n" if healthy else f"no poll answered for {silent:.0f} s\n".encode())
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Probes are not worth a log line."""
+
+        http.server.ThreadingHTTPServer(("127.0.0.1", self.config.health_port), Handler).serve_forever()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the agent of one cluster until SIGTERM; settings from flags and environment."""
+    try:
+        config = read_config(arguments or [])
+    except ConfigError as error:
+        raise SystemExit(f"cloudoptim agent: {error}") from None
+    logging.basicConfig(
+        level=config.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(threadName)s %(message)s"
+    )
+    for noisy in ("httpx", "httpcore", "urllib3", "kubernetes"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    Agent(config).run()
+    logging.shutdown()
+    os._exit(0)  # threads that still wait for a long poll or a watch have nothing to lose
