@@ -29,6 +29,14 @@ TEMPLATE = "cloudoptim_template"
 MIN_MEMORY_DISK_BYTES = 1 << 30
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests about root's rights are for root; for everybody else there is nothing in them to run or to skip."""
+    if os.geteuid() != 0:
+        for_root = [item for item in items if item.get_closest_marker("root")]
+        items[:] = [item for item in items if item not in for_root]
+        config.hook.pytest_deselected(items=for_root)
+
+
 @pytest.fixture(scope="session")
 def server_folder() -> Iterator[Path]:
     """A folder for servers' data, in memory where there is room: fsync stays on and costs nothing."""

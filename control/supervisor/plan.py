@@ -150,7 +150,9 @@ def all_programs(plan: Plan) -> list[Program]:
         stage += ("sandbox",)
     started_at = time.time()
     dagster = (*stage, "dagster-code")
-    workspace = ["-w", str(REPOSITORY / "workspace.yaml")]
+    # A wheel carries the file beside this module.
+    workspaces = (REPOSITORY / "workspace.yaml", Path(__file__).with_name("workspace.yaml"))
+    workspace = ["-w", str(next(file for file in workspaces if file.exists()))]
     grpc = ["--host", "127.0.0.1", "--port", str(plan.ports["dagster-code"]), "--use-python-environment-entry-point"]
     module = ["--empty-working-directory", "--module-name", "cloudoptim_pipelines.definitions"]
     web = ["--host", "127.0.0.1", "--port", str(plan.ports["dagster"]), "--log-level", "warning"]

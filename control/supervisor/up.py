@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -263,11 +264,10 @@ class Up:
         return {name: url for name, url in plan.addresses.items() if url and (name in external or name not in absent)}
 
     def _last_words(self, name: str) -> str:
-        """The last line of a program's log, with its place."""
+        """The line of a program's log that tells most, with the log's place."""
         assert self.daemon is not None
         log = self.daemon.log_folder / f"{name}.log"
-        lines = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        return f"{lines[0].strip() if lines else 'none'} (log: {log})"
+        return f"{telling_line(log.read_text(errors='replace') if log.exists() else '')} (log: {log})"
 
     def _logs(self) -> list[Path]:
         if not self.follow or self.daemon is None:
@@ -277,6 +277,13 @@ class Up:
     def _say(self, text: str, *, error: bool = False) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True) if error else self.console
         console.print(text)
+
+
+def telling_line(log: str) -> str:
+    """The last line that speaks of an error among the last 40, else the last one with a word in it."""
+    lines = [line.strip() for line in log.splitlines()[-40:] if re.search(r"[A-Za-z]{2}", line)]
+    errors = [line for line in lines if re.search(r"error|fatal|refuse|cannot|failed", line, re.IGNORECASE)]
+    return (errors or lines or ["no output"])[-1]
 
 
 def select(programs: list[Program], only: tuple[str, ...]) -> list[Program]:

@@ -1,6 +1,5 @@
 """Embedded Postgres: durable, private, loopback only, and clear about what is wrong."""
 
-import os
 import shutil
 import socket
 import stat
@@ -124,7 +123,7 @@ def test_half_made_cluster_is_made_again(tmp_path):
     assert (data / "PG_VERSION").read_text().strip() == "18"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to drop privileges")
+@pytest.mark.root
 def test_root_is_dropped_even_below_a_closed_folder(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
@@ -137,7 +136,7 @@ def test_root_is_dropped_even_below_a_closed_folder(tmp_path):
         server.stop()
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+@pytest.mark.root
 def test_without_the_capability_data_moves_within_reach_and_says_so(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
@@ -163,7 +162,7 @@ def test_without_the_capability_data_moves_within_reach_and_says_so(tmp_path):
             shutil.rmtree(Path(place))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+@pytest.mark.root
 def test_full_disk_names_the_folder_and_setting(tmp_path):
     small = tmp_path / "small"
     small.mkdir()

@@ -19,6 +19,7 @@ from control.supervisor.environment import (
 )
 from control.supervisor.errors import UpError
 from control.supervisor.plan import dagster_storage_url
+from control.supervisor.up import telling_line
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,18 @@ def test_a_value_supervisord_cannot_carry_is_refused():
 )
 def test_ends_are_read_from_supervisords_log(line, expected):
     assert read_exit(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("", "no output"),
+        ("starting\nready\n", "ready"),
+        (
+            "Traceback\nUndefinedColumn: error: no column\nLINE 1: SELECT x\n        ^\n",
+            "UndefinedColumn: error: no column",
+        ),
+    ],
+)
+def test_the_line_that_tells_most_is_shown(log, expected):
+    assert telling_line(log) == expected

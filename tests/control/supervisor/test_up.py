@@ -212,7 +212,7 @@ def test_without_a_sandbox_weak_secrets_are_refused_by_name(start):
     assert "changeme" not in run.text
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+@pytest.mark.root
 def test_full_disk_names_folder_and_setting(start, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
