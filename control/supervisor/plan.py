@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,14 +141,14 @@ def all_programs(plan: Plan) -> list[Program]:
         programs.append(Program("redis", plan.redis.prepare(), group="servers", ready=plan.redis.answers))
         servers += ("redis",)
     programs.append(Program("migrate", [*cli, "migrate", "--with-dagster"], once=True, needs=servers[:1]))
-    stage = ("migrate", *servers)
+    migrated = ("migrate", *servers)
+    stage = migrated
     if plan.sandbox:
         programs.append(
             Program("sandbox", [*cli, "sandbox", "run"], needs=stage, ready=lambda: read_sandbox(plan.home) is not None)
         )
         stage += ("sandbox",)
     started_at = time.time()
-    dagster = (*stage, "dagster-code")
     # A wheel carries the file beside this module.
     workspaces = (REPOSITORY / "workspace.yaml", Path(__file__).with_name("workspace.yaml"))
     workspace = ["-w", str(next(file for file in workspaces if file.exists()))]
@@ -167,16 +166,16 @@ def all_programs(plan: Plan) -> list[Program]:
         Program(
             "dagster-web",
             [PYTHON, "-m", "dagster_webserver", *web, *workspace],
-            needs=dagster,
+            needs=(*migrated, "dagster-code"),
             ready=_answers(plan.addresses["dagster"] + "/server_info"),
         ),
         Program(
             "dagster-daemon",
             [PYTHON, "-m", "dagster._daemon", "run", *workspace],
-            needs=dagster,
+            needs=(*stage, "dagster-code"),
             ready=lambda: _daemon_beats(plan.database_url, since=started_at),
         ),
-        Program("dashboards", [*cli, "dashboards"], needs=stage, ready=_answers(plan.addresses["dashboards"] + "/")),
+        Program("dashboards", [*cli, "dashboards"], needs=migrated, ready=_answers(plan.addresses["dashboards"] + "/")),
     ]
     return programs
 
@@ -218,14 +217,18 @@ def _database_made(postgres: EmbeddedPostgres) -> bool:
 
 
 def _answers(url: str) -> Callable[[], bool]:
-    """A probe: the address answers with 200."""
+    """A probe: the address answers without an error; a redirect (to a login page) is an answer."""
+    parts = urlsplit(url)
 
     def probe() -> bool:
+        connection = http.client.HTTPConnection(parts.netloc, timeout=PROBE_TIMEOUT_SECONDS)
         try:
-            with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_SECONDS) as response:
-                return response.status == 200
-        except (OSError, urllib.error.URLError, ValueError):
+            connection.request("GET", parts.path)
+            return connection.getresponse().status < 400
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
 
     return probe
 

@@ -13,15 +13,17 @@ from control.supervisor.environment import HOME_MARK
 def processes_of(home: Path) -> list[psutil.Process]:
     """Every process marked with this home or standing in it, without this one and its ancestors.
 
-    Postgres overwrites its environment, so its folder is looked at too.
+    Postgres and Redis write their titles over their environment, so their data folders are looked at too.
     """
+    data = (home / "postgres", home / "redis")
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
         if process.pid in mine:
             continue
         try:
-            if process.environ().get(HOME_MARK) == str(home) or Path(process.cwd()).is_relative_to(home / "postgres"):
+            folder = Path(process.cwd())
+            if process.environ().get(HOME_MARK) == str(home) or any(folder.is_relative_to(place) for place in data):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
