@@ -1,13 +1,14 @@
 -- What each cluster cost in each hour, its baseline, and how much of the hour is covered by data.
 --
--- grain:      cluster x hour
--- keys:       customer_id, cluster_id, ts
--- units:      USD; minutes; coverage_ratio 0 to 1
--- reads:      node_cost_hourly, agent_gaps (given by the caller: cluster_id, gap_start, gap_end)
+-- reads: node_cost_hourly, agent_gaps (given by the caller: cluster_id, gap_start, gap_end)
 -- parameters: $first_day, $last_day, $as_of
 -- A node minute is covered when both the price paid and the list price are known; cost and baseline are summed over
 -- the same covered minutes. An hour is complete when it is over, every minute is covered and the agent was there.
 -- B2 (shape) and B3 (commit) are null: they need a frozen plan and the customer's commitments.
+--
+-- grain: cluster x hour
+-- units: USD; minutes; coverage_ratio 0 to 1
+-- keys: customer_id, cluster_id, ts
 WITH per_hour AS (
     SELECT
         ts,

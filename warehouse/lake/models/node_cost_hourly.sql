@@ -1,12 +1,14 @@
 -- What each node cost in each hour at the price of that hour, beside the same minutes on demand (baseline B1 list).
 --
--- grain:      node x hour
--- keys:       customer_id, cluster_id, instance_id, ts
--- units:      USD; minutes
--- reads:      node_hours, spot_prices, on_demand_prices
--- parameters: $first_day, $last_day: days computed; $prices_from: first day of prices looked at
+-- reads: node_hours, spot_prices, on_demand_prices
+-- parameters: $first_day, $last_day: days computed; $prices_from: first day of prices looked at; $price_age_days: a
+--             price that did not change for longer is not believed
 -- price paid: Spot: the pool's price in force at the start of the hour (Amazon charges an instance hour at it), by zone
 --             id, never by zone name; on-demand: the list price in force then. No price known: null, basis missing.
+--
+-- grain: node x hour
+-- units: USD; minutes
+-- keys: customer_id, cluster_id, instance_id, ts
 WITH hours AS (
     SELECT * FROM node_hours WHERE day BETWEEN CAST($first_day AS DATE) AND CAST($last_day AS DATE)
 ),
@@ -25,7 +27,10 @@ listed AS (
       AND instance_type IN (SELECT instance_type FROM hours)
 ),
 with_list AS (
-    SELECT hours.*, listed.price_usd_per_hour AS on_demand_usd_per_hour
+    SELECT
+        hours.*,
+        CASE WHEN listed.ts >= hours.ts - to_days(CAST($price_age_days AS INTEGER)) THEN listed.price_usd_per_hour END
+            AS on_demand_usd_per_hour
     FROM hours
     ASOF LEFT JOIN listed
         ON hours.region = listed.region
@@ -36,8 +41,10 @@ with_list AS (
 priced AS (
     SELECT
         with_list.*,
-        CASE WHEN with_list.lifecycle = 'spot' THEN spot.price_usd_per_hour ELSE on_demand_usd_per_hour END
-            AS price_usd_per_hour
+        CASE
+            WHEN with_list.lifecycle <> 'spot' THEN on_demand_usd_per_hour
+            WHEN spot.ts >= with_list.ts - to_days(CAST($price_age_days AS INTEGER)) THEN spot.price_usd_per_hour
+        END AS price_usd_per_hour
     FROM with_list
     ASOF LEFT JOIN spot
         ON with_list.region = spot.region

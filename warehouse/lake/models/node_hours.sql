@@ -1,10 +1,11 @@
 -- How many minutes of each hour each node ran, and as what.
 --
--- grain:      node x hour
--- keys:       customer_id, cluster_id, instance_id, ts
--- units:      minutes 0 to 60; cores; bytes
--- reads:      nodes (given by the caller: one row per node with run_from, run_until and its region)
+-- reads: nodes (given by the caller: one row per node with run_from, run_until and its region)
 -- parameters: $start, $end: hours from $start (included) to $end (not included)
+--
+-- grain: node x hour
+-- units: minutes 0 to 60; cores; bytes
+-- keys: customer_id, cluster_id, instance_id, ts
 SELECT
     hours.ts,
     nodes.customer_id,

@@ -1,10 +1,8 @@
 -- Savings of each cluster and day against B1 list ("the same machines on demand"); negative savings are kept.
 --
--- grain:      cluster x day x baseline
--- keys:       customer_id, cluster_id, baseline, day
--- units:      USD; coverage_ratio 0 to 1
--- reads:      cluster_cost_hourly, node_cost_hourly, interruptions, spot_prices
--- parameters: $first_day, $last_day, $as_of, $prices_from, $interruptions_from, $realised_after_days
+-- reads: cluster_cost_hourly, node_cost_hourly, interruptions, spot_prices
+-- parameters: $first_day, $last_day, $as_of, $prices_from, $interruptions_from, $realised_after_days,
+--             $price_age_days
 -- Only complete hours count; coverage_ratio says how many of the hours that have passed they are.
 --   gross            B1 - actual
 --   overlap          minutes in which an interrupted node and its replacement both ran, at the replacement's list
@@ -13,6 +11,10 @@
 --                    interrupted pool as of the hour (never below zero)
 --   displaced commitment, rework: 0, not known yet
 --   net              gross - overlap - fallback premium - displaced commitment - rework
+--
+-- grain: cluster x day x baseline
+-- units: USD; coverage_ratio 0 to 1
+-- keys: customer_id, cluster_id, baseline, day
 WITH hours AS (
     SELECT day, ts, customer_id, cluster_id, actual_usd, b1_list_usd, complete
     FROM cluster_cost_hourly
@@ -88,7 +90,7 @@ deductions AS (
         replacement_hours.cluster_id,
         sum(CAST(CAST(on_demand_usd_per_hour AS DOUBLE) * overlap_minutes / 60 AS DECIMAL(18, 8))) AS overlap_usd,
         sum(CASE
-            WHEN lifecycle = 'on-demand' AND spot.price_usd_per_hour IS NOT NULL
+            WHEN lifecycle = 'on-demand' AND spot.ts >= replacement_hours.ts - to_days(CAST($price_age_days AS INTEGER))
             THEN CAST(
                 greatest(CAST(on_demand_usd_per_hour AS DOUBLE) - CAST(spot.price_usd_per_hour AS DOUBLE), 0) * minutes / 60
                 AS DECIMAL(18, 8)

@@ -1,0 +1,136 @@
+"""Cost of every node and cluster and hour, computed in the lake from node hours and prices as of the hour."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pyarrow as pa
+from sqlalchemy import text
+
+from cloudoptim_pipelines.coverage import partition_locks
+from cloudoptim_pipelines.defs.costs.nodes import read_nodes, run_times
+from cloudoptim_pipelines.defs.on_demand_prices.assets import on_demand_prices
+from cloudoptim_pipelines.defs.spot_prices.assets import spot_prices
+from cloudoptim_pipelines.models import stage
+from cloudoptim_pipelines.partitions import DayRange, by_day, days_of
+from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
+from cloudoptim_pipelines.resources import Warehouse
+from warehouse.lake.query import LakeReader, Limits, Snapshot
+from warehouse.lake.staging import Staged
+
+# A price holds until the next change. Pools change several times a day; a price older than this is not believed.
+PRICE_LOOKBACK = timedelta(days=7)
+CHUNK_DAYS = 31
+_PRICES_OF_THE_DAY = dg.MultiToSingleDimensionPartitionMapping("day")
+_SHARED: dict[str, Any] = {
+    "partitions_def": by_day,
+    "backfill_policy": SINGLE_RUN,
+    "retry_policy": RETRY,
+    "group_name": "costs",
+    "owners": OWNERS,
+    "kinds": {"duckdb", "deltalake"},
+    "tags": {"domain": "costs"},
+}
+
+
+def parameters(days: DayRange, now: datetime) -> dict[str, Any]:
+    """What the cost and savings models may ask for."""
+    return {
+        "start": days.start,
+        "end": days.end,
+        "first_day": days.first,
+        "last_day": days.last,
+        "as_of": now,
+        "prices_from": days.first - PRICE_LOOKBACK,
+        "price_age_days": PRICE_LOOKBACK.days,
+    }
+
+
+def compute(
+    context: dg.AssetExecutionContext,
+    warehouse: Warehouse,
+    table: str,
+    stage_days: Callable[[Snapshot, DayRange], Staged],
+) -> dg.MaterializeResult:
+    """Replace the run's days of one table, a month at a time: pin a release, run the model, publish."""
+    reader = LakeReader(warehouse.lake, Limits(memory="1GB"))
+    rows = partitions = 0
+    release_id = 0
+    try:
+        for part in (chunk for days in days_of(context.partition_keys) for chunk in days.chunks(CHUNK_DAYS)):
+            with partition_locks(warehouse.database, table, [day.isoformat() for day in part.days()]):
+                staged = stage_days(reader.pin(), part)
+                release = warehouse.publish([staged], context.run_id)
+            rows += staged.rows
+            partitions += len(part.days())
+            release_id = release.id
+    finally:
+        reader.close()
+    return dg.MaterializeResult(
+        metadata={"dagster/partition_row_count": rows, "partitions": partitions, "lake_release": release_id}
+    )
+
+
+@dg.asset(**_SHARED)
+def node_hours(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
+    """How many minutes of each hour every node ran, with its type, zone and lifecycle."""
+    now = warehouse.now()
+
+    def staged(snapshot: Snapshot, days: DayRange) -> Staged:
+        with warehouse.database.system() as connection:
+            nodes = run_times(read_nodes(connection, days.start, days.end), now)
+        inputs = {"nodes": nodes.to_arrow()}
+        return stage(snapshot, "node_hours", {"day": days.days()}, parameters(days, now), inputs)
+
+    return compute(context, warehouse, "node_hours", staged)
+
+
+@dg.asset(
+    deps=[
+        node_hours,
+        dg.AssetDep(spot_prices, partition_mapping=_PRICES_OF_THE_DAY),
+        dg.AssetDep(on_demand_prices, partition_mapping=_PRICES_OF_THE_DAY),
+    ],
+    **_SHARED,
+)
+def node_cost_hourly(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
+    """What every node cost in each hour at the price of that hour, beside the same minutes on demand (B1 list)."""
+    now = warehouse.now()
+
+    def staged(snapshot: Snapshot, days: DayRange) -> Staged:
+        return stage(snapshot, "node_cost_hourly", {"day": days.days()}, parameters(days, now))
+
+    return compute(context, warehouse, "node_cost_hourly", staged)
+
+
+@dg.asset(deps=[node_cost_hourly], **_SHARED)
+def cluster_cost_hourly(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
+    """What every cluster cost in each hour, its baseline B1 list, and how much of the hour is covered by data."""
+    now = warehouse.now()
+
+    def staged(snapshot: Snapshot, days: DayRange) -> Staged:
+        inputs = _agent_gaps(warehouse, days, now)
+        return stage(snapshot, "cluster_cost_hourly", {"day": days.days()}, parameters(days, now), inputs)
+
+    return compute(context, warehouse, "cluster_cost_hourly", staged)
+
+
+_GAPS = text(
+    """
+    SELECT series AS cluster_id, gap_start, gap_end FROM data_gaps
+    WHERE table_name = 'metric_5m' AND customer_id IS NOT NULL AND gap_start < :end AND gap_end > :start
+    """
+)
+
+
+def _agent_gaps(warehouse: Warehouse, days: DayRange, now: datetime) -> Mapping[str, pa.Table]:
+    """When agents were away: known gaps of their metrics, and nodes that are silent now."""
+    with warehouse.database.system() as connection:
+        gaps = [tuple(row) for row in connection.execute(_GAPS, {"start": days.start, "end": days.end})]
+        nodes = run_times(read_nodes(connection, days.start, days.end), now)
+    gaps += [(row["cluster_id"], row["run_until"], now) for row in nodes.filter("silent").iter_rows(named=True)]
+    time = pl.Datetime("us", "UTC")
+    frame = pl.DataFrame(gaps, schema={"cluster_id": pl.String, "gap_start": time, "gap_end": time}, orient="row")
+    return {"agent_gaps": frame.to_arrow()}

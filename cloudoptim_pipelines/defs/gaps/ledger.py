@@ -1,0 +1,166 @@
+"""Keep ``data_gaps`` in step with what is missing now, and the record of fills with what they brought."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from itertools import groupby
+from uuid import UUID
+
+from sqlalchemy import Connection, insert, text
+
+from cloudoptim_pipelines import coverage
+from cloudoptim_pipelines.defs.gaps.finder import Gap, metric_gaps, price_gaps
+from cloudoptim_pipelines.policies import FILL_TAG
+from warehouse.postgres.models import Outbox, new_id
+
+# Reconciled as a whole: a gap that is no longer found was filled, whoever filled it (API, Dagster's page, late data).
+_CLOSE = text(
+    """
+    UPDATE data_gaps SET state = 'filled', filled_at = :now
+    WHERE table_name = :table_name AND series = :series AND state <> 'filled'
+      AND (CAST(:keys AS text[]) IS NULL OR partition_key = ANY(CAST(:keys AS text[])))
+      AND NOT (gap_start = ANY(CAST(:starts AS timestamptz[])))
+    """
+)
+_OPEN = text(
+    """
+    INSERT INTO data_gaps (id, customer_id, table_name, series, partition_key, gap_start, gap_end, expected_points,
+                           missing_points, reason, state, found_at)
+    VALUES (:id, :customer_id, :table_name, :series, :partition_key, :start, :end, :expected, :missing, :reason, :state,
+            :now)
+    ON CONFLICT (table_name, series, gap_start) DO UPDATE SET
+        gap_end = excluded.gap_end, expected_points = excluded.expected_points,
+        missing_points = excluded.missing_points, reason = excluded.reason,
+        state = CASE
+            WHEN excluded.state = 'unfillable' THEN 'unfillable'
+            WHEN data_gaps.state = 'filled' THEN 'open'
+            ELSE data_gaps.state
+        END,
+        filled_at = NULL
+    """
+)
+
+
+def find(rows: Sequence[coverage.Coverage], *, now: datetime) -> list[Gap]:
+    """All gaps of one table's coverage rows."""
+    gaps: list[Gap] = []
+    ordered = sorted(rows, key=lambda row: (row.table_name, row.series, row.partition_key))
+    for (table, _), group in groupby(ordered, key=lambda row: (row.table_name, row.series)):
+        series = list(group)
+        gaps += price_gaps(series, now=now) if table == "spot_prices" else metric_gaps(series)
+    return gaps
+
+
+def sync(connection: Connection, table_name: str, *, now: datetime, keys: Sequence[str] | None = None) -> list[Gap]:
+    """Make ``data_gaps`` of a table say what is missing now; returns the gaps found.
+
+    Args:
+        keys: only these partitions (metrics: their grid does not depend on other days).
+    """
+    rows = coverage.load(connection, table_name, keys=keys)
+    gaps = find(rows, now=now)
+    by_series: dict[str, list[Gap]] = {row.series: [] for row in rows}
+    for gap in gaps:
+        by_series[gap.series].append(gap)
+    for series, found in sorted(by_series.items()):
+        connection.execute(
+            _CLOSE,
+            {
+                "table_name": table_name,
+                "series": series,
+                "keys": list(keys) if keys is not None else None,
+                "starts": [gap.start for gap in found],
+                "now": now,
+            },
+        )
+        if found:
+            connection.execute(_OPEN, [_row(gap, now) for gap in found])
+    return gaps
+
+
+def _row(gap: Gap, now: datetime) -> dict:
+    return {
+        "id": new_id(),
+        "customer_id": gap.customer_id,
+        "table_name": gap.table_name,
+        "series": gap.series,
+        "partition_key": gap.partition_key,
+        "start": gap.start,
+        "end": gap.end,
+        "expected": gap.expected,
+        "missing": gap.missing,
+        "reason": gap.reason,
+        "state": "open" if gap.fillable else "unfillable",
+        "now": now,
+    }
+
+
+_PROGRESS = text(
+    """
+    UPDATE gap_fills SET
+        state = CASE WHEN state = 'requested' THEN 'running' ELSE state END,
+        records_filled = coalesce(records_filled, 0) + :records,
+        sources_used = (
+            SELECT coalesce(jsonb_agg(DISTINCT value ORDER BY value), '[]') FROM (
+                SELECT jsonb_array_elements_text(coalesce(sources_used, '[]')) AS value
+                UNION SELECT unnest(CAST(:sources AS text[]))
+            ) AS sources
+        )
+    WHERE id = :id AND state IN ('requested', 'running')
+    RETURNING table_name, customer_id, partitions, created_at
+    """
+)
+# A partition of the fill is done when it was written after the fill was asked for: ours, not Dagster's, is the record.
+_REMAINING = text(
+    """
+    SELECT count(*) FROM jsonb_array_elements_text(CAST(:partitions AS jsonb)) AS key
+    WHERE NOT EXISTS (
+        SELECT 1 FROM partition_coverage c
+        WHERE c.table_name = :table_name AND c.partition_key = key AND c.written_at >= :asked_at
+    )
+    """
+)
+
+
+def record(
+    connection: Connection, tags: Mapping[str, str], *, records: int, sources: Iterable[str], now: datetime
+) -> None:
+    """Add what a run wrote to the fill it was launched for; runs of schedules and of people carry none."""
+    if fill_id := tags.get(FILL_TAG):
+        progress(connection, UUID(fill_id), records=records, sources=sources, now=now)
+
+
+def progress(connection: Connection, fill_id: UUID, *, records: int, sources: Iterable[str], now: datetime) -> bool:
+    """Add a run's share to a fill; closes it when its last partition is written. Returns whether it did.
+
+    Gaps of the fill that are still there were asked for and no source had them: they become unfillable.
+    """
+    row = connection.execute(
+        _PROGRESS, {"id": fill_id, "records": records, "sources": sorted(set(sources))}
+    ).one_or_none()
+    if row is None:
+        return False
+    remaining = connection.execute(
+        _REMAINING,
+        {"partitions": json.dumps(row.partitions), "table_name": row.table_name, "asked_at": row.created_at},
+    ).scalar_one()
+    if remaining:
+        return False
+    connection.execute(
+        text("UPDATE gap_fills SET state = 'succeeded', finished_at = :now WHERE id = :id"), {"id": fill_id, "now": now}
+    )
+    connection.execute(
+        text("UPDATE data_gaps SET state = 'unfillable' WHERE fill_id = :id AND state IN ('open', 'filling')"),
+        {"id": fill_id},
+    )
+    connection.execute(
+        insert(Outbox).values(
+            id=new_id(),
+            customer_id=row.customer_id,
+            topic="gap.filled",
+            payload={"fill_id": str(fill_id), "table_name": row.table_name, "partitions": len(row.partitions)},
+        )
+    )
+    return True

@@ -1,0 +1,93 @@
+"""Keep Postgres and the lake small: nothing is dropped before the lake holds it."""
+
+from datetime import date, timedelta
+
+import dagster as dg
+from sqlalchemy import text
+
+from cloudoptim_pipelines import coverage
+from cloudoptim_pipelines.defs.metrics.assets import KEEP_1H, KEEP_5M
+from cloudoptim_pipelines.partitions import DAY, day_start
+from cloudoptim_pipelines.policies import OWNERS, RETRY
+from cloudoptim_pipelines.resources import Warehouse, code_version
+from warehouse.lake.maintenance import compact, vacuum
+from warehouse.lake.query import LakeReader, Limits
+
+# Agents may send again what is a day late; a week leaves time to mend a broken pipeline.
+RAW_KEPT = timedelta(days=7)
+LAKE_PARTITIONS_AHEAD = timedelta(days=3)
+
+
+@dg.asset(
+    retry_policy=RETRY, group_name="maintenance", owners=OWNERS, kinds={"postgres"}, tags={"domain": "maintenance"}
+)
+def metric_retention(warehouse: Warehouse) -> dg.MaterializeResult:
+    """Drops raw samples older than a week that the lake holds, and old summaries; makes the next days' partitions."""
+    today = warehouse.now().date()
+    with warehouse.database.system() as connection:
+        kept_from = droppable_before(
+            today,
+            _oldest_raw_day(connection),
+            {row.partition_key: row for row in coverage.load(connection, "metric_5m")},
+        )
+        connection.execute(
+            text("SELECT ensure_metric_partitions(:first, :last)"),
+            {"first": today, "last": today + LAKE_PARTITIONS_AHEAD},
+        )
+        dropped = connection.execute(text("SELECT drop_metric_partitions(:before)"), {"before": kept_from}).scalar_one()
+        summaries = 0
+        for resolution, keep in (("5m", KEEP_5M), ("1h", KEEP_1H)):
+            summaries += connection.execute(
+                text("DELETE FROM metrics_summary WHERE resolution = :r AND timestamp < :before"),
+                {"r": resolution, "before": day_start(today) - keep},
+            ).rowcount
+        batches = connection.execute(
+            text("DELETE FROM metric_batches WHERE received_at < :before"), {"before": day_start(today) - RAW_KEPT}
+        ).rowcount
+    return dg.MaterializeResult(
+        metadata={"days_dropped": dropped, "summaries_deleted": summaries, "batches_deleted": batches}
+    )
+
+
+def droppable_before(today: date, oldest: date | None, covered: dict[str, coverage.Coverage]) -> date:
+    """Raw days before this one may go: older than a week, and no day before it is missing in the lake."""
+    limit = today - RAW_KEPT
+    day = oldest or limit
+    while day < limit:
+        row = covered.get(day.isoformat())
+        if row is None or row.end < day_start(day) + DAY:
+            break
+        day += DAY
+    return day
+
+
+def _oldest_raw_day(connection) -> date | None:
+    found = connection.execute(text("SELECT min(ts) FROM metric_samples")).scalar_one()
+    return found.date() if found else None
+
+
+# Tables whose running day is written every few minutes leave one file per partition; only appends in parts need this.
+COMPACTED = ("spot_prices", "metric_5m")
+
+
+@dg.asset(
+    retry_policy=RETRY, group_name="maintenance", owners=OWNERS, kinds={"deltalake"}, tags={"domain": "maintenance"}
+)
+def lake_maintenance(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
+    """Joins small files, and removes files that no readable or kept release needs any more."""
+    reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
+    try:
+        compacted = sum(
+            len(compact(warehouse.lake, reader, table, run_id=context.run_id, code_version=code_version()))
+            for table in COMPACTED
+        )
+    finally:
+        reader.close()
+    report = vacuum(warehouse.lake)
+    return dg.MaterializeResult(
+        metadata={
+            "partitions_compacted": compacted,
+            "files_removed": sum(len(files) for files in report.files.values()),
+            "releases_expired": len(report.expired),
+        }
+    )
