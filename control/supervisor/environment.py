@@ -61,6 +61,24 @@ FRUGAL = {
 }
 
 
+def with_config_file(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment, and below it what the file named by CLOUDOPTIM_CONFIG sets (its keys are variables' names).
+
+    Raises:
+        UpError: there is no such file, or it is no YAML mapping.
+    """
+    path = environ.get("CLOUDOPTIM_CONFIG")
+    if not path:
+        return dict(environ)
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+        return {**{str(name): str(value) for name, value in values.items()}, **environ}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UpError(f"CLOUDOPTIM_CONFIG names {path!r}, which is no readable YAML mapping: {error}") from error
+
+
 def uses_sandbox(environ: Mapping[str, str]) -> bool:
     """CLOUDOPTIM_SANDBOX decides; unset, the sandbox runs unless some setting points at a real AWS account."""
     wish = environ.get("CLOUDOPTIM_SANDBOX", "").strip().lower()

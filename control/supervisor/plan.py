@@ -27,6 +27,7 @@ from control.supervisor.environment import (
     generated_secrets,
     sandbox_environment,
     uses_sandbox,
+    with_config_file,
 )
 
 PROBE_TIMEOUT_SECONDS = 2
@@ -51,6 +52,18 @@ class Plan:
         return self.environment["DATABASE_URL"]
 
     @property
+    def database_setting(self) -> str:
+        """What to correct when Postgres cannot be used."""
+        return (
+            "DATABASE_URL" if self.settings.database_url_setting.get_secret_value() else "DB_HOST, DB_USER, DB_PASSWORD"
+        )
+
+    @property
+    def redis_setting(self) -> str:
+        """What to correct when Redis cannot be used."""
+        return "REDIS_URL" if self.settings.redis_url_setting.get_secret_value() else "REDIS_HOST, REDIS_PORT"
+
+    @property
     def redis_url(self) -> str:
         return self.environment["REDIS_URL"]
 
@@ -62,6 +75,7 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
         UpError: a port variable is wrong.
         SettingsError: outside the sandbox, a secret is missing or weak.
     """
+    environ = with_config_file(environ)
     home = settings.home
     sandbox = uses_sandbox(environ)
     own_postgres = not (settings.database_url_setting.get_secret_value() or settings.db_host)

@@ -111,9 +111,9 @@ class Up:
         self._clear_left_overs()
         plan = make_plan(self.settings, os.environ)
         if not plan.postgres:
-            checks.check_database(plan.database_url)
+            checks.check_database(plan.database_url, plan.database_setting)
         if not plan.redis:
-            checks.check_redis(plan.redis_url)
+            checks.check_redis(plan.redis_url, plan.redis_setting)
         for name, port in plan.ports.items():
             checks.check_port(name, port, self.settings.host if name in {"control", "dashboards"} else "127.0.0.1")
         (self.home / "sandbox" / "addresses.json").unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from control.supervisor.environment import (
     port_is_free,
     sandbox_environment,
     uses_sandbox,
+    with_config_file,
 )
 from control.supervisor.errors import UpError
 from control.supervisor.plan import dagster_storage_url
@@ -151,3 +152,19 @@ def test_ends_are_read_from_supervisords_log(line, expected):
 )
 def test_the_line_that_tells_most_is_shown(log, expected):
     assert telling_line(log) == expected
+
+
+def test_config_file_stands_below_the_environment(tmp_path):
+    file = tmp_path / "cloudoptim.yaml"
+    file.write_text("CENTRAL_SERVER_PORT: 8001\nCLOUDOPTIM_DAGSTER_PORT: 3001\n")
+    merged = with_config_file({"CLOUDOPTIM_CONFIG": str(file), "CENTRAL_SERVER_PORT": "8002"})
+    assert choose_ports(["control", "dagster"], tmp_path, merged) == {"control": 8002, "dagster": 3001}
+
+
+@pytest.mark.parametrize("text", [None, "- a list", "a: [", "just text"])
+def test_unusable_config_file_is_named(tmp_path, text):
+    file = tmp_path / "cloudoptim.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UpError, match=r"CLOUDOPTIM_CONFIG names .*cloudoptim.yaml"):
+        with_config_file({"CLOUDOPTIM_CONFIG": str(file)})

@@ -149,6 +149,22 @@ def test_orphans_of_a_killed_manager_are_ended_by_the_next_start(start):
     assert processes_of(run.home) == []
 
 
+def test_stop_while_starting_leaves_nothing(start):
+    run = start("--only", "dagster-web,dashboards")
+    run.until(lambda: "✓ postgres" in run.text)
+    assert run.stop() < STOP_SECONDS
+    assert processes_of(run.home) == []
+
+
+def test_a_program_that_cannot_start_ends_the_start_with_its_own_words(start):
+    run = start("--only", "dashboards", CLOUDOPTIM_DASHBOARDS_COOKIE_SECRET="short")
+    assert run.process.wait(START_SECONDS) == 1
+    cause = run.text.strip().splitlines()[-1]
+    assert "dashboards does not start (exit status 1)" in run.text
+    assert "CLOUDOPTIM_DASHBOARDS_COOKIE_SECRET is shorter" in run.text
+    assert processes_of(run.home) == [], cause
+
+
 def test_follow_shows_each_line_with_its_process(start):
     run = start("--only", "redis", "--follow").until_ready()
     run.until(
