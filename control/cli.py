@@ -158,6 +158,44 @@ def sandbox_run() -> None:
     run(load_settings())
 
 
+@sandbox_app.command("nodes")
+def sandbox_nodes() -> None:
+    """List the sandbox's nodes with their instances."""
+    from control.sandbox.client import SandboxAbsent, nodes
+
+    try:
+        rows = nodes(load_settings().home)
+    except SandboxAbsent as error:
+        fail(str(error))
+    _print_table(rows)
+
+
+@sandbox_app.command("interrupt")
+def sandbox_interrupt(
+    node: Annotated[str | None, typer.Option(help="Name or instance id of one Spot node.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Random Spot nodes of this cluster.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many random nodes.")] = 1,
+) -> None:
+    """Let AWS take Spot nodes back now: warning on the queue, two minutes, then the instance is gone."""
+    from control.sandbox.client import SandboxAbsent, interrupt
+
+    try:
+        rows = interrupt(load_settings().home, node=node, cluster=cluster, count=count)
+    except SandboxAbsent as error:
+        fail(str(error))
+    _print_table(rows)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*(rows[0] if rows else ()))
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console().print(table)
+
+
 @sandbox_app.command("replay")
 def sandbox_replay(
     prices: Annotated[Path, typer.Option(help="Folder with spot_price/region=…/month=….parquet.", exists=True)],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -53,6 +54,15 @@ def clusters_app(clusters: Iterable[Cluster], extra_routes: Iterable[Route | Mou
     return Starlette(routes=[*extra_routes, *mounts])
 
 
+class QuietServer(uvicorn.Server):
+    """uvicorn without its hands on the process's signals: whoever runs the loop decides when it ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signal handlers alone."""
+        yield
+
+
 class ServerThread:
     """An ASGI application served from a thread with its own event loop, on an address known before it starts.
 
@@ -66,7 +76,7 @@ class ServerThread:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_SECONDS
         )
-        self._server = uvicorn.Server(config)
+        self._server = QuietServer(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kubernetes-double", daemon=True)
