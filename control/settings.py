@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     control_port: int = Field(8000, validation_alias=_env("CENTRAL_SERVER_PORT", "CLOUDOPTIM_CONTROL_PORT"))
     workers: int = Field(1, validation_alias=_env("CENTRAL_SERVER_WORKERS"), ge=1, le=64)
     dagster_port: int = Field(3000, validation_alias=_env("CLOUDOPTIM_DAGSTER_PORT"))
+    worker_metrics_port: int = Field(9109, validation_alias=_env("CLOUDOPTIM_WORKER_METRICS_PORT"), ge=0, le=65535)
     dashboards_port: int = Field(5006, validation_alias=_env("CLOUDOPTIM_DASHBOARDS_PORT"))
     control_url_setting: str = Field("", validation_alias=_env("CLOUDOPTIM_CONTROL_URL"))
     dagster_url_setting: str = Field("", validation_alias=_env("CLOUDOPTIM_DAGSTER_URL"))

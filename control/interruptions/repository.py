@@ -319,15 +319,25 @@ _UNMATCHED = text(f"""
       AND (received_at < now() - make_interval(secs => :closes_after_seconds)
            OR EXISTS (SELECT FROM nodes n
                       WHERE n.instance_id = interruptions.instance_id AND n.customer_id = interruptions.customer_id))
-    ORDER BY customer_id, id LIMIT :limit FOR UPDATE SKIP LOCKED
+    ORDER BY customer_id, id LIMIT :limit
+""")
+_LOCK_UNMATCHED = text(f"""
+    SELECT {_COLUMNS} FROM interruptions WHERE id = ANY(:ids) AND state = 'unmatched'
+    ORDER BY id FOR UPDATE SKIP LOCKED
 """)
 
 
 async def unmatched_to_settle(
     conn: AsyncConnection, *, closes_after_seconds: float, limit: int
 ) -> list[InterruptionRow]:
-    """Unmatched interruptions whose node has registered by now, or whose time is over; locked."""
+    """Unmatched interruptions whose node has registered by now, or whose time is over."""
     result = await conn.execute(_UNMATCHED, {"closes_after_seconds": closes_after_seconds, "limit": limit})
+    return [InterruptionRow(**row._mapping) for row in result]
+
+
+async def lock_unmatched(conn: AsyncConnection, ids: Sequence[UUID]) -> list[InterruptionRow]:
+    """Those of the interruptions that are still unmatched and that nobody else is settling; locked."""
+    result = await conn.execute(_LOCK_UNMATCHED, {"ids": list(ids)})
     return [InterruptionRow(**row._mapping) for row in result]
 
 

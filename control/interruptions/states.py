@@ -267,7 +267,7 @@ def apply_launch(
             reason = "EC2 never said what became of the launch"
             return replace(left, state=IntentState.EXHAUSTED, reason=reason), [Alarm(reason)]
         case NoCandidate(reason):
-            if intent.state is not IntentState.PLANNED:
+            if intent.state not in (IntentState.PLANNED, IntentState.BLOCKED):
                 return intent, []
             return replace(intent, state=IntentState.EXHAUSTED, reason=reason), [Alarm(reason)]
         case Cancel(reason):

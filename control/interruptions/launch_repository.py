@@ -1,0 +1,433 @@
+"""All SQL of the launch branch: intents, batches, attempts, templates and what a choice reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control.interruptions import pools
+from control.interruptions.repository import insert_rows, to_json
+
+# A launch worker that dies is replaced after this long; the call itself has 15 s (control.gateways.aws).
+LEASE_SECONDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class IntentRow:
+    """A launch intent as claimed."""
+
+    id: UUID
+    customer_id: UUID
+    cluster_id: UUID
+    interruption_id: UUID | None
+    requirements: dict[str, Any]
+    state: str
+    reason: str | None
+    deadline_at: datetime
+    created_at: datetime
+    version: int
+    lease_epoch: int
+
+
+_INTENT_COLUMNS = """i.id, i.customer_id, i.cluster_id, i.interruption_id, i.requirements, i.state, i.reason,
+    i.deadline_at, i.created_at, i.version, i.lease_epoch"""
+
+_CLAIM_INTENTS = text(f"""
+    WITH due AS (
+        SELECT id FROM launch_intents
+        WHERE state IN ('planned', 'blocked') AND next_action_at <= now()
+          AND (lease_until IS NULL OR lease_until <= now())
+        ORDER BY deadline_at LIMIT :limit FOR UPDATE SKIP LOCKED
+    )
+    UPDATE launch_intents i
+    SET leased_by = :worker, lease_epoch = i.lease_epoch + 1,
+        lease_until = now() + make_interval(secs => :lease_seconds)
+    FROM due WHERE i.id = due.id
+    RETURNING {_INTENT_COLUMNS}
+""")
+
+
+async def claim_intents(conn: AsyncConnection, *, worker: str, limit: int) -> list[IntentRow]:
+    """Intents that want an attempt now, leased to this worker, earliest deadline first."""
+    result = await conn.execute(_CLAIM_INTENTS, {"worker": worker, "limit": limit, "lease_seconds": LEASE_SECONDS})
+    return sorted((IntentRow(**row._mapping) for row in result), key=lambda row: (row.deadline_at, row.id))
+
+
+_LOCK_INTENTS = text(f"""
+    SELECT {_INTENT_COLUMNS} FROM launch_intents i WHERE i.id = ANY(:ids) ORDER BY i.id FOR UPDATE
+""")
+
+
+async def lock_intents(conn: AsyncConnection, ids: Sequence[UUID]) -> dict[UUID, IntentRow]:
+    """Intents under a row lock, in id order."""
+    result = await conn.execute(_LOCK_INTENTS, {"ids": list(ids)})
+    return {row.id: IntentRow(**row._mapping) for row in result}
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """A launch attempt."""
+
+    id: UUID
+    customer_id: UUID
+    intent_id: UUID
+    attempt_no: int
+    batch_id: UUID
+    slot: int
+    instance_type: str
+    availability_zone: str
+    node_type: str
+    price_usd_per_hour: float | None
+    state: str
+    instance_id: str | None
+    failure: str | None
+    launched_at: datetime | None
+
+
+_ATTEMPTS = text("""
+    SELECT id, customer_id, intent_id, attempt_no, batch_id, slot, instance_type, availability_zone, node_type,
+           price_usd_per_hour, state, instance_id, failure, launched_at
+    FROM launch_attempts WHERE intent_id = ANY(:ids) ORDER BY intent_id, attempt_no
+""")
+
+
+async def attempts_of(conn: AsyncConnection, intent_ids: Sequence[UUID]) -> dict[UUID, list[AttemptRow]]:
+    """All attempts of intents, oldest first."""
+    found: dict[UUID, list[AttemptRow]] = {intent_id: [] for intent_id in intent_ids}
+    for row in await conn.execute(_ATTEMPTS, {"ids": list(intent_ids)}):
+        found[row.intent_id].append(AttemptRow(**row._mapping))
+    return found
+
+
+_UPDATE_INTENTS = text("""
+    UPDATE launch_intents i SET state = r.state, reason = r.reason, decided_by = coalesce(r.decided_by, i.decided_by),
+        next_action_at = coalesce(r.next_action_at, i.next_action_at), lease_until = NULL, leased_by = NULL,
+        version = i.version + 1
+    FROM jsonb_populate_recordset(CAST(NULL AS launch_intents), CAST(:rows AS jsonb)) r
+    WHERE i.id = r.id AND i.version = r.version
+    RETURNING i.id
+""")
+
+
+async def update_intents(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[UUID]:
+    """Move intents on from ``version``; returns those that were still there."""
+    if not rows:
+        return set()
+    return {row.id for row in await conn.execute(_UPDATE_INTENTS, {"rows": to_json(rows)})}
+
+
+_UPDATE_ATTEMPTS = text("""
+    UPDATE launch_attempts a SET state = r.state, instance_id = r.instance_id, failure = r.failure,
+        launched_at = CASE WHEN r.state IN ('launched', 'adopted') THEN coalesce(a.launched_at, now())
+                           ELSE a.launched_at END,
+        ready_at = CASE WHEN r.state = 'ready' THEN coalesce(a.ready_at, r.ready_at, now()) ELSE a.ready_at END,
+        ended_at = CASE WHEN r.state IN ('failed', 'terminated', 'abandoned') THEN coalesce(a.ended_at, now())
+                        ELSE a.ended_at END,
+        version = a.version + 1
+    FROM jsonb_populate_recordset(CAST(NULL AS launch_attempts), CAST(:rows AS jsonb)) r
+    WHERE a.id = r.id
+""")
+
+
+async def update_attempts(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Move attempts; their intents are locked by the caller, so nobody else can."""
+    if rows:
+        await conn.execute(_UPDATE_ATTEMPTS, {"rows": to_json(rows)})
+
+
+async def insert_batches(
+    conn: AsyncConnection, batches: Sequence[Mapping[str, Any]], attempts: Sequence[Mapping[str, Any]]
+) -> None:
+    """Frozen calls and the attempts in their slots, before anything is sent to EC2."""
+    await insert_rows(conn, "launch_batches", batches, order="id")
+    await insert_rows(conn, "launch_attempts", attempts, order="intent_id")
+
+
+_RELEASE_INTENTS = text("""
+    UPDATE launch_intents i SET lease_until = NULL, leased_by = NULL, reason = coalesce(:reason, i.reason),
+        next_action_at = now() + make_interval(secs => :seconds)
+    WHERE i.id = ANY(:ids) AND i.leased_by = :worker
+""")
+
+
+async def postpone_intents(
+    conn: AsyncConnection, ids: Sequence[UUID], *, worker: str, seconds: float, reason: str | None = None
+) -> None:
+    """Give claimed intents back, to be looked at again after ``seconds``."""
+    await conn.execute(_RELEASE_INTENTS, {"ids": list(ids), "worker": worker, "seconds": seconds, "reason": reason})
+
+
+# --- batches
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """One frozen RunInstances call."""
+
+    id: UUID
+    customer_id: UUID
+    cluster_id: UUID
+    region: str
+    client_token: str
+    request_json: str
+    size: int
+    state: str
+    calls: int
+    first_called_at: datetime | None
+    created_at: datetime
+    lease_epoch: int
+    error_code: str | None = None
+
+
+_BATCH_COLUMNS = """b.id, b.customer_id, b.cluster_id, b.region, b.client_token, b.request_json, b.size, b.state,
+    b.calls, b.first_called_at, b.created_at, b.lease_epoch, b.error_code"""
+
+_CLAIM_BATCHES = text(f"""
+    WITH due AS (
+        SELECT id FROM launch_batches
+        WHERE state IN ('calling', 'unknown') AND next_action_at <= now()
+          AND (lease_until IS NULL OR lease_until <= now())
+        ORDER BY created_at LIMIT :limit FOR UPDATE SKIP LOCKED
+    )
+    UPDATE launch_batches b
+    SET leased_by = :worker, lease_epoch = b.lease_epoch + 1,
+        lease_until = now() + make_interval(secs => :lease_seconds)
+    FROM due WHERE b.id = due.id
+    RETURNING {_BATCH_COLUMNS}
+""")
+
+
+async def claim_batches(conn: AsyncConnection, *, worker: str, limit: int) -> list[BatchRow]:
+    """Calls whose outcome nobody knows and nobody is making."""
+    result = await conn.execute(_CLAIM_BATCHES, {"worker": worker, "limit": limit, "lease_seconds": LEASE_SECONDS})
+    return [BatchRow(**row._mapping) for row in result]
+
+
+_LOCK_BATCH = text(f"SELECT {_BATCH_COLUMNS} FROM launch_batches b WHERE b.id = :id FOR UPDATE")
+_SLOTS = text("""
+    SELECT id, customer_id, intent_id, attempt_no, batch_id, slot, instance_type, availability_zone, node_type,
+           price_usd_per_hour, state, instance_id, failure, launched_at
+    FROM launch_attempts WHERE batch_id = :id ORDER BY slot
+""")
+
+
+async def lock_batch(conn: AsyncConnection, batch_id: UUID) -> tuple[BatchRow, list[AttemptRow]] | None:
+    """A batch and its slots, locked."""
+    row = (await conn.execute(_LOCK_BATCH, {"id": batch_id})).one_or_none()
+    if row is None:
+        return None
+    slots = [AttemptRow(**slot._mapping) for slot in await conn.execute(_SLOTS, {"id": batch_id})]
+    return BatchRow(**row._mapping), slots
+
+
+_CALLED = text("""
+    UPDATE launch_batches SET calls = calls + 1, first_called_at = coalesce(first_called_at, now())
+    WHERE id = :id AND state IN ('calling', 'unknown') AND lease_epoch = :lease_epoch
+    RETURNING id
+""")
+
+
+async def note_call(conn: AsyncConnection, batch: BatchRow) -> bool:
+    """Count a call before it is made; False when the batch is not ours any more."""
+    result = await conn.execute(_CALLED, {"id": batch.id, "lease_epoch": batch.lease_epoch})
+    return result.one_or_none() is not None
+
+
+_UPDATE_BATCH = text("""
+    UPDATE launch_batches SET state = :state, error_code = :error_code, error_message = :error_message,
+        lease_until = NULL, leased_by = NULL, version = version + 1,
+        next_action_at = now() + make_interval(secs => :seconds)
+    WHERE id = :id
+""")
+
+
+async def update_batch(
+    conn: AsyncConnection,
+    batch_id: UUID,
+    *,
+    state: str,
+    error_code: str | None = None,
+    error_message: str | None = None,
+    retry_seconds: float = 0.0,
+) -> None:
+    """Record what became of a call; ``retry_seconds`` until an unknown one is repeated."""
+    await conn.execute(
+        _UPDATE_BATCH,
+        {
+            "id": batch_id,
+            "state": state,
+            "error_code": error_code,
+            "error_message": error_message,
+            "seconds": retry_seconds,
+        },
+    )
+
+
+# --- what a choice reads
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFacts:
+    """What launching for a cluster needs."""
+
+    customer_id: UUID
+    cluster_id: UUID
+    cluster_name: str
+    region: str
+    status: str
+    customer_status: str
+    stopped: bool
+    role_arn: str | None
+    external_id: str
+    account_id: str | None
+    config: dict[str, Any]
+    recent_replacements_interrupted: int
+    launches_last_hour: int
+    spend_last_hour_usd: float
+
+
+_CLUSTERS = text("""
+    SELECT c.customer_id, c.id AS cluster_id, c.cluster_name, c.region, c.status, m.status AS customer_status,
+           c.kill_switch OR m.kill_switch AS stopped, m.aws_role_arn AS role_arn,
+           CAST(m.external_id AS text) AS external_id, m.aws_account_id AS account_id,
+           coalesce((SELECT jsonb_object_agg(k.config_key, k.config_value) FROM customer_config k
+                     WHERE k.customer_id = m.id), CAST('{}' AS jsonb)) AS config,
+           (SELECT count(*) FROM interruptions n JOIN launch_attempts a
+                ON a.customer_id = n.customer_id AND a.instance_id = n.instance_id
+            WHERE n.customer_id = c.customer_id AND n.cluster_id = c.id
+              AND n.received_at > now() - interval '10 minutes') AS recent_replacements_interrupted,
+           coalesce(l.launches, 0) AS launches_last_hour, coalesce(l.spend, 0) AS spend_last_hour_usd
+    FROM clusters c JOIN customers m ON m.id = c.customer_id
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS launches, sum(a.price_usd_per_hour) AS spend FROM launch_attempts a
+        WHERE a.customer_id = m.id AND a.created_at > now() - interval '1 hour' AND a.instance_id IS NOT NULL
+    ) l ON true
+    WHERE c.id = ANY(:ids)
+""")
+
+
+async def cluster_facts(conn: AsyncConnection, cluster_ids: Sequence[UUID]) -> dict[UUID, ClusterFacts]:
+    """Facts of clusters, by id."""
+    result = await conn.execute(_CLUSTERS, {"ids": list(cluster_ids)})
+    return {row.cluster_id: ClusterFacts(**row._mapping) for row in result}
+
+
+_TYPES = text("""
+    SELECT instance_type, vcpus, memory_gib, CAST(price_usd_per_hour AS double precision) AS price
+    FROM on_demand_price
+    WHERE region = :region AND product LIKE 'Linux%' AND vcpus > 0 AND memory_gib > 0 AND price_usd_per_hour > 0
+""")
+_SPOT = text("""
+    SELECT availability_zone, instance_type, CAST(price_usd_per_hour AS double precision) AS price
+    FROM spot_price_current
+    WHERE region = :region AND product LIKE 'Linux/UNIX%' AND availability_zone IS NOT NULL AND price_usd_per_hour > 0
+""")
+_STANDINGS = text("""
+    SELECT availability_zone, instance_type,
+           penalty * power(0.5, extract(epoch FROM now() - updated_at) / :half_life_seconds) AS penalty
+    FROM pool_standings WHERE customer_id = :customer_id AND region = :region
+""")
+
+
+async def prices(
+    conn: AsyncConnection, region: str
+) -> tuple[list[tuple[str, float, float, float]], list[tuple[str, str, float]]]:
+    """(type, vcpus, GiB, On-Demand USD/h) and (zone, type, Spot USD/h) of a region."""
+    types = [tuple(row) for row in await conn.execute(_TYPES, {"region": region})]
+    spot = [tuple(row) for row in await conn.execute(_SPOT, {"region": region})]
+    return types, spot
+
+
+async def standings(conn: AsyncConnection, customer_id: UUID, region: str) -> dict[tuple[str, str], float]:
+    """A customer's pools that did badly, by (zone, type), decayed to now."""
+    result = await conn.execute(
+        _STANDINGS,
+        {"customer_id": customer_id, "region": region, "half_life_seconds": pools.HALF_LIFE_SECONDS},
+    )
+    return {(row.availability_zone, row.instance_type): row.penalty for row in result}
+
+
+# --- templates
+
+_TEMPLATES = text("""
+    SELECT id, cluster_id, fingerprint, template, instance_ids FROM launch_templates
+    WHERE cluster_id = :cluster_id ORDER BY seen_at DESC
+""")
+
+
+async def templates(conn: AsyncConnection, cluster_id: UUID) -> list[tuple[dict[str, Any], list[str]]]:
+    """A cluster's templates, newest first, each with the instances it was seen on."""
+    result = await conn.execute(_TEMPLATES, {"cluster_id": cluster_id})
+    return [(row.template, row.instance_ids) for row in result]
+
+
+async def save_templates(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Keep what was derived from running instances."""
+    await insert_rows(
+        conn,
+        "launch_templates",
+        rows,
+        order="fingerprint",
+        conflict="(cluster_id, fingerprint) DO UPDATE SET template = excluded.template, seen_at = now(), "
+        "instance_ids = ARRAY(SELECT DISTINCT unnest(launch_templates.instance_ids || excluded.instance_ids) "
+        "ORDER BY 1 DESC LIMIT 1000)",
+    )
+
+
+# --- ready, never Ready, ending
+
+_READY = text("""
+    SELECT a.intent_id, a.id AS attempt_id, a.instance_id, n.ready_at FROM launch_attempts a
+    JOIN nodes n ON n.customer_id = a.customer_id AND n.instance_id = a.instance_id
+    WHERE a.state IN ('launched', 'adopted') AND n.status IN ('ready', 'cordoned') AND n.terminated_at IS NULL
+    LIMIT :limit
+""")
+
+
+async def ready_attempts(conn: AsyncConnection, *, limit: int) -> list[Any]:
+    """Running replacements whose node is Ready by its agent's word."""
+    return list(await conn.execute(_READY, {"limit": limit}))
+
+
+_NEVER_READY = text("""
+    SELECT a.intent_id FROM launch_attempts a
+    WHERE a.state IN ('launched', 'adopted') AND a.launched_at < now() - make_interval(secs => :seconds)
+      AND NOT EXISTS (SELECT FROM nodes n WHERE n.customer_id = a.customer_id AND n.instance_id = a.instance_id
+                        AND n.status IN ('ready', 'cordoned') AND n.terminated_at IS NULL)
+    ORDER BY a.launched_at LIMIT :limit
+""")
+
+
+async def never_ready_intents(conn: AsyncConnection, *, seconds: float, limit: int) -> list[UUID]:
+    """Intents whose replacement ran this long without becoming a Ready node."""
+    return [row.intent_id for row in await conn.execute(_NEVER_READY, {"seconds": seconds, "limit": limit})]
+
+
+_ENDING = text("""
+    SELECT a.intent_id, a.instance_id, a.customer_id, b.cluster_id, b.region, a.failure
+    FROM launch_attempts a JOIN launch_batches b ON b.id = a.batch_id
+    WHERE a.state = 'terminating' AND a.instance_id IS NOT NULL
+    ORDER BY a.id LIMIT :limit
+""")
+
+
+async def ending_attempts(conn: AsyncConnection, *, limit: int) -> list[Any]:
+    """Instances of ours that are to be ended."""
+    return list(await conn.execute(_ENDING, {"limit": limit}))
+
+
+_OVERDUE = text("""
+    SELECT id FROM launch_intents
+    WHERE state IN ('planned', 'blocked') AND deadline_at < now() LIMIT :limit
+""")
+
+
+async def overdue_intents(conn: AsyncConnection, *, limit: int) -> list[UUID]:
+    """Intents whose window closed without an instance."""
+    return [row.id for row in await conn.execute(_OVERDUE, {"limit": limit})]

@@ -1,0 +1,27 @@
+"""Leases that ran out go back to the queue; tasks and launches past their deadline end (C-18, C-23)."""
+
+from __future__ import annotations
+
+from control.agents.repository import expire_overdue_tasks, requeue_expired_leases
+from control.interruptions import launch_repository
+from control.interruptions.launching import apply_events
+from control.interruptions.runtime import Runtime
+from control.interruptions.states import NoCandidate
+
+# A lease is 15 s; takeover within 20 s needs a look every 5.
+INTERVAL_SECONDS = 5.0
+LIMIT = 1000
+
+
+async def run_once(runtime: Runtime) -> int:
+    """One sweep; returns how many rows moved."""
+    async with runtime.db.system() as conn:
+        requeued = await requeue_expired_leases(conn, limit=LIMIT)
+        expired = await expire_overdue_tasks(conn, limit=LIMIT)
+        overdue = await launch_repository.overdue_intents(conn, limit=LIMIT)
+    for cluster_id in {task.cluster_id for task in requeued}:
+        await runtime.bells.ring("tasks", cluster_id)
+    if expired:
+        await runtime.bells.ring("interruptions")
+    late = NoCandidate("the window for a replacement closed before one was launched")
+    return len(requeued) + len(expired) + await apply_events(runtime, dict.fromkeys(overdue, late))

@@ -1,0 +1,74 @@
+"""Calls whose outcome nobody knows: the same token again, then adopt by tag or give up (C-08 to C-15)."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+import structlog
+
+from control.gateways.aws import AwsError
+from control.interruptions import launch_repository
+from control.interruptions.answers import Meaning, Reading
+from control.interruptions.launch_repository import BatchRow, ClusterFacts
+from control.interruptions.launching import GIVE_UP_AFTER, Launcher
+from control.interruptions.templates import TAG_BATCH, is_ours
+
+log = structlog.get_logger(__name__)
+
+# A batch becomes due 20 s after its worker went silent; looking every two seconds adds a tenth to that.
+INTERVAL_SECONDS = 2.0
+# Calls made at once; EC2's bucket for launches is small.
+LIMIT = 20
+_ALIVE = ("pending", "running", "stopping", "stopped")
+
+
+async def run_once(launcher: Launcher) -> int:
+    """Repeat or settle due batches; returns how many."""
+    runtime = launcher.runtime
+    async with runtime.db.system() as conn:
+        batches = await launch_repository.claim_batches(conn, worker=runtime.worker, limit=LIMIT)
+        if not batches:
+            return 0
+        clusters = await launch_repository.cluster_facts(conn, sorted({batch.cluster_id for batch in batches}))
+    await asyncio.gather(*(_settle(launcher, batch, clusters[batch.cluster_id]) for batch in batches))
+    return len(batches)
+
+
+async def _settle(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> None:
+    since = batch.first_called_at or batch.created_at
+    given_up = datetime.now(UTC) - since > GIVE_UP_AFTER
+    if not given_up:
+        # Not by tag while the token still works: Describe may show a part of a batch, the token answers with all.
+        if batch.error_code != "IdempotentParameterMismatch":
+            await launcher.call(batch, cluster)
+        return
+    try:
+        adopted = await adopt(launcher, batch, cluster)
+    except AwsError as error:
+        log.warning("launch.adoption_failed", batch_id=str(batch.id), code=error.code)
+        return
+    if not adopted:
+        await launcher.record(batch, Reading(Meaning.UNKNOWN, "Abandoned", "no answer for ten minutes"), abandoned=True)
+
+
+async def adopt(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> bool:
+    """Record instances that carry the batch's tag. Finding none proves nothing (C-10) and returns False."""
+    credentials = await launcher.credentials(cluster)
+    found: list[tuple[int, str]] = []
+    filters = [
+        {"Name": f"tag:{TAG_BATCH}", "Values": [str(batch.id)]},
+        {"Name": "instance-state-name", "Values": list(_ALIVE)},
+    ]
+    async for reservation in launcher.runtime.aws.pages(
+        "ec2", "DescribeInstances", {"Filters": filters}, "Reservations", region=batch.region, credentials=credentials
+    ):
+        for instance in reservation.get("Instances", []):
+            ours = is_ours(instance, deployment_id=launcher.runtime.deployment_id, customer_id=batch.customer_id)
+            if ours:
+                found.append((instance.get("AmiLaunchIndex", 0), instance["InstanceId"]))
+    if not found:
+        return False
+    ids = [instance_id for _, instance_id in sorted(found)]
+    await launcher.record(batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=ids, adopted=True)
+    return True

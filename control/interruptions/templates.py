@@ -1,0 +1,137 @@
+"""How a replacement is launched: taken from the interrupted instance itself, kept per cluster.
+
+EC2 forgets the subnet and security groups of a terminated instance, so templates are read while the instance lives
+and kept. Pure functions build the template and the frozen RunInstances request from EC2's answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from control.interruptions.choosing import Pool
+
+TAG_MANAGED = "cloudoptim:managed"
+TAG_TENANT = "cloudoptim:tenant"
+TAG_CLUSTER = "cloudoptim:cluster"
+TAG_BATCH = "cloudoptim:batch"
+_OUR_TAGS = (TAG_MANAGED, TAG_TENANT, TAG_CLUSTER, TAG_BATCH)
+# Tags of groups that would adopt or end an instance they did not launch.
+_FOREIGN_TAG_PREFIXES = ("aws:", "eks:", "karpenter.sh/", "karpenter.k8s.aws/", "cloudoptim:")
+
+
+def template_of(instance: Mapping[str, Any], subnets: Mapping[str, str], user_data: str | None) -> dict[str, Any]:
+    """A template from one DescribeInstances item.
+
+    Args:
+        subnets: subnet id per zone of the instance's VPC; the instance's own subnet wins in its zone.
+        user_data: base64, as EC2 returns it.
+    """
+    zone = instance.get("Placement", {}).get("AvailabilityZone")
+    own = {zone: instance["SubnetId"]} if zone and instance.get("SubnetId") else {}
+    template: dict[str, Any] = {
+        "image_id": instance["ImageId"],
+        "subnets": dict(sorted((dict(subnets) | own).items())),
+        "security_group_ids": sorted(group["GroupId"] for group in instance.get("SecurityGroups", [])),
+        "tags": {
+            tag["Key"]: tag["Value"]
+            for tag in instance.get("Tags", [])
+            if not tag["Key"].startswith(_FOREIGN_TAG_PREFIXES)
+        },
+    }
+    if profile := instance.get("IamInstanceProfile", {}).get("Arn"):
+        template["instance_profile_arn"] = profile
+    for key, name in (("KeyName", "key_name"), ("EbsOptimized", "ebs_optimized")):
+        if instance.get(key):
+            template[name] = instance[key]
+    if user_data:
+        template["user_data"] = user_data
+    return template
+
+
+def fingerprint(template: Mapping[str, Any]) -> str:
+    """SHA-256 of a template's content. The Name tag differs from node to node and does not count."""
+    content = dict(template) | {"tags": {k: v for k, v in template["tags"].items() if k != "Name"}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def subnets_by_zone(subnets: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """One subnet per zone of a VPC: the one with the most free addresses, then the smallest id."""
+    best: dict[str, tuple[int, str]] = {}
+    for subnet in subnets:
+        rank = (-int(subnet.get("AvailableIpAddressCount", 0)), subnet["SubnetId"])
+        zone = subnet["AvailabilityZone"]
+        if zone not in best or rank < best[zone]:
+            best[zone] = rank
+    return {zone: subnet_id for zone, (_, subnet_id) in sorted(best.items())}
+
+
+def run_instances_request(
+    template: Mapping[str, Any],
+    pool: Pool,
+    *,
+    count: int,
+    client_token: str,
+    deployment_id: str,
+    customer_id: UUID,
+    cluster_id: UUID,
+    cluster_name: str,
+    batch_id: UUID,
+) -> str:
+    """The RunInstances parameters as JSON, frozen: this text is stored first and sent again byte for byte.
+
+    The zone is pinned by its subnet: the same token in another zone would be a second launch, not the first again.
+    """
+    tags = dict(template["tags"]) | {
+        f"kubernetes.io/cluster/{cluster_name}": "owned",
+        TAG_MANAGED: deployment_id,
+        TAG_TENANT: str(customer_id),
+        TAG_CLUSTER: str(cluster_id),
+        TAG_BATCH: str(batch_id),
+    }
+    tag_list = [{"Key": key, "Value": value} for key, value in sorted(tags.items())]
+    ours = [tag for tag in tag_list if tag["Key"] in _OUR_TAGS]
+    request: dict[str, Any] = {
+        "ImageId": template["image_id"],
+        "InstanceType": pool.instance_type,
+        "MinCount": 1,
+        "MaxCount": count,
+        "ClientToken": client_token,
+        "Placement": {"AvailabilityZone": pool.availability_zone},
+        "TagSpecifications": [
+            {"ResourceType": "instance", "Tags": tag_list},
+            {"ResourceType": "volume", "Tags": ours},
+        ],
+    }
+    if subnet := template["subnets"].get(pool.availability_zone):
+        request["SubnetId"] = subnet
+    if template.get("security_group_ids"):
+        request["SecurityGroupIds"] = template["security_group_ids"]
+    if profile := template.get("instance_profile_arn"):
+        request["IamInstanceProfile"] = {"Arn": profile}
+    if key_name := template.get("key_name"):
+        request["KeyName"] = key_name
+    if template.get("ebs_optimized"):
+        request["EbsOptimized"] = True
+    if user_data := template.get("user_data"):
+        request["UserData"] = user_data
+    if pool.node_type == "spot":
+        request["InstanceMarketOptions"] = {
+            "MarketType": "spot",
+            "SpotOptions": {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"},
+        }
+    return json.dumps(request, sort_keys=True, separators=(",", ":"))
+
+
+def tags_of(instance: Mapping[str, Any]) -> dict[str, str]:
+    """An instance's tags as a dict."""
+    return {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
+
+
+def is_ours(instance: Mapping[str, Any], *, deployment_id: str, customer_id: UUID) -> bool:
+    """Whether an instance carries this deployment's and this customer's tag, from birth."""
+    tags = tags_of(instance)
+    return tags.get(TAG_MANAGED) == deployment_id and tags.get(TAG_TENANT) == str(customer_id)

@@ -1,0 +1,238 @@
+"""The interruption path over real sockets: Postgres, Redis, the sandbox's AWS, an agent, and worker processes that
+can be killed at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+
+from control.agents.repository import lease_tasks, record_report
+from control.bus.bells import Bells
+from control.gateways.aws import AwsGateway, Credentials
+from control.sandbox.aws.instances import Instance
+from control.sandbox.aws.server import SandboxAWS, SandboxConfig
+from tests.control.interruptions.tenants import Tenant, create_tenant
+from warehouse.contracts import OptimizationTask, TaskResult, TaskStatus
+from warehouse.postgres.models import new_id
+from warehouse.postgres.session import Database
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+DEPLOYMENT = "test-deployment"
+
+
+@dataclass
+class Stage:
+    """Everything outside the workers: a customer's account with a queue, its cluster's nodes, and their agent."""
+
+    aws: SandboxAWS
+    db: Database
+    bells: Bells
+    tenant: Tenant
+    database_url: str
+    redis_url: str
+    log_folder: Path
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    leased: dict[UUID, float] = field(default_factory=dict)
+    agent_works: bool = True
+    join_seconds: float = 0.2
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def queue(self) -> str:
+        return self.tenant.account_id
+
+    # --- the customer's machines
+
+    async def launch_nodes(
+        self, count: int = 1, instance_type: str = "m5.large", zone: str = "us-east-1a"
+    ) -> list[str]:
+        """Running Spot instances of the customer that are Ready nodes of its cluster, not launched by us."""
+        keys = self.aws.credentials(self.tenant.account_id)
+        gateway = AwsGateway(endpoint_url=self.aws.url)
+        answer = await gateway.call(
+            "ec2",
+            "RunInstances",
+            {
+                "ImageId": "ami-0c0ffee00000x8664",
+                "InstanceType": instance_type,
+                "MinCount": count,
+                "MaxCount": count,
+                "Placement": {"AvailabilityZone": zone},
+                "InstanceMarketOptions": {"MarketType": "spot"},
+            },
+            region=self.tenant.region,
+            credentials=Credentials(keys.access_key_id, keys.secret_access_key),
+        )
+        await gateway.close()
+        ids = [instance["InstanceId"] for instance in answer["Instances"]]
+        for instance_id in ids:
+            await self.tenant.node(instance_id, instance_type=instance_type, availability_zone=zone)
+        return ids
+
+    def ours(self, *, alive: bool = False) -> list[Instance]:
+        """Instances that carry our tag."""
+        states = ("pending", "running") if alive else None
+        return [
+            instance
+            for instance in self.aws.instances(account_id=self.tenant.account_id, states=states)
+            if instance.tags.get("cloudoptim:managed") == DEPLOYMENT
+        ]
+
+    async def _join_replacements(self) -> None:
+        """Instances of ours become Ready nodes, as an agent would report them."""
+        known: set[str] = set()
+        while True:
+            for instance in self.ours(alive=True):
+                if instance.instance_id in known:
+                    continue
+                known.add(instance.instance_id)
+                await asyncio.sleep(self.join_seconds)
+                await self.tenant.node(
+                    instance.instance_id,
+                    instance_type=instance.instance_type,
+                    availability_zone=instance.zone_name,
+                    node_type=instance.lifecycle,
+                )
+            await asyncio.sleep(0.05)
+
+    async def _agent(self) -> None:
+        """A good agent: long polls by bell, drains in no time, reports until it is accepted."""
+        async with self.bells.listen("tasks", self.tenant.cluster_id) as bell:
+            while True:
+                tasks = await self._lease() if self.agent_works else []
+                for task in tasks:
+                    self.leased.setdefault(task.task_id, time.time())
+                    await self._report(task)
+                if not tasks:
+                    await bell.wait(0.5)
+
+    async def _lease(self) -> list[OptimizationTask]:
+        async with self.db.tenant(self.tenant.customer_id) as conn:
+            return await lease_tasks(
+                conn, cluster_id=self.tenant.cluster_id, agent="agent", limit=50, understands=["drain_node"]
+            )
+
+    async def _report(self, task: OptimizationTask) -> None:
+        report = TaskResult(
+            lease_epoch=task.lease_epoch, report_id=new_id(), status=TaskStatus.DONE, detail={"cordoned": True}
+        )
+        async with self.db.tenant(self.tenant.customer_id) as conn:
+            await record_report(conn, cluster_id=self.tenant.cluster_id, task_id=task.task_id, report=report)
+        await self.bells.ring("interruptions")
+
+    # --- our processes
+
+    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
+        """A worker process; its log is a file in ``log_folder``."""
+        keys = self.aws.credentials()
+        log = (self.log_folder / f"worker-{len(self.workers)}.log").open("wb")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "control.worker"],
+            cwd=REPOSITORY,
+            env={
+                "PATH": os.environ["PATH"],
+                "DATABASE_URL": self.database_url,
+                "REDIS_URL": self.redis_url,
+                "AWS_ENDPOINT_URL": self.aws.url,
+                "AWS_ACCESS_KEY_ID": keys.access_key_id,
+                "AWS_SECRET_ACCESS_KEY": keys.secret_access_key,
+                "AWS_REGION": "us-east-1",
+                "CLOUDOPTIM_DEPLOYMENT_ID": DEPLOYMENT,
+                "CLOUDOPTIM_WORKER_METRICS_PORT": "0",
+                "CLOUDOPTIM_HOME": str(self.log_folder),
+            }
+            | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        log.close()
+        self.workers.append(process)
+        return process
+
+    async def stop_workers(self) -> None:
+        for process in self.workers:
+            if process.poll() is None:
+                process.kill()
+        for process in self.workers:
+            await asyncio.to_thread(process.wait, 10)
+
+    def logs(self) -> str:
+        """The workers' logs, for a failing test."""
+        return "\n".join(path.read_text()[-4000:] for path in sorted(self.log_folder.glob("worker-*.log")))
+
+    # --- looking
+
+    async def interruptions(self) -> list[Any]:
+        return await self.tenant.rows("SELECT * FROM interruptions WHERE customer_id = :customer_id ORDER BY id")
+
+    async def closed(self, count: int, seconds: float = 30.0) -> list[Any]:
+        """Wait until ``count`` interruptions are closed."""
+
+        async def all_closed() -> list[Any] | None:
+            rows = await self.interruptions()
+            done = [row for row in rows if row.state == "closed"]
+            return rows if len(done) >= count else None
+
+        return await self.until(all_closed, seconds)
+
+    async def until(self, condition: Callable[[], Awaitable[Any]], seconds: float = 30.0) -> Any:
+        """The first true answer of ``condition``, or a failure that shows the workers' logs."""
+        ends = time.monotonic() + seconds
+        while True:
+            found = await condition()
+            if found:
+                return found
+            if time.monotonic() > ends:
+                rows = [(row.instance_id, row.state, row.outcome) for row in await self.interruptions()]
+                raise AssertionError(f"not within {seconds} s; interruptions: {rows}\n{self.logs()}")
+            await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def stage(
+    database_url: str, redis_url: str, log_folder: Path, *, config: SandboxConfig | None = None
+) -> AsyncIterator[Stage]:
+    """A stage with its sandbox and agent running; workers are started by the test."""
+    db = Database(database_url, pool_size=6, max_overflow=6, pool_timeout=30)
+    bells = Bells(redis_url)
+    await bells.start()
+    async with SandboxAWS(config) as aws:
+        tenant = await create_tenant(db)
+        external_id = (await tenant.row("SELECT external_id FROM customers WHERE id = :customer_id")).external_id
+        account = aws.add_account(tenant.account_id, external_id=str(external_id))
+        async with db.system() as conn:
+            await conn.execute(
+                text("UPDATE customers SET aws_role_arn = :role, sqs_queue_url = :queue WHERE id = :id"),
+                {"role": account.role_arn, "queue": account.queue_url, "id": tenant.customer_id},
+            )
+        found = Stage(aws, db, bells, tenant, database_url, redis_url, log_folder)
+        found._tasks = [asyncio.create_task(found._agent()), asyncio.create_task(found._join_replacements())]
+        try:
+            yield found
+        finally:
+            await found.stop_workers()
+            for task in found._tasks:
+                task.cancel()
+            await asyncio.gather(*found._tasks, return_exceptions=True)
+            await bells.close()
+            await db.close()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL, and wait for the end."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGKILL)
+    process.wait(10)

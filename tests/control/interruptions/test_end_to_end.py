@@ -1,0 +1,24 @@
+"""From a message on SQS to a drained node and a Ready replacement, with real worker processes."""
+
+from __future__ import annotations
+
+from tests.control.interruptions.harness import Stage
+
+
+async def test_a_warning_is_drained_and_replaced(stage: Stage) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.start_worker()
+    stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+    (interruption,) = await stage.closed(1)
+    assert (interruption.outcome, interruption.reason) == ("handled", None)
+    (replacement,) = stage.ours()
+    assert replacement.zone_name != "us-east-1a" or replacement.instance_type != "m5.large"
+    assert replacement.tags["cloudoptim:tenant"] == str(stage.tenant.customer_id)
+    assert replacement.tags["kubernetes.io/cluster/one"] == "owned"
+    event = await stage.tenant.row("SELECT * FROM spot_events WHERE customer_id = :customer_id")
+    assert event.replacement_instance_id == replacement.instance_id
+
+    async def deleted() -> bool:
+        return stage.aws.queue_depth(stage.queue) == (0, 0)
+
+    await stage.until(deleted)
