@@ -178,8 +178,8 @@ def add_fleet(warehouse: Any) -> None:
 
     reader = LakeReader(warehouse.lake)
     pools = reader.query(
-        "SELECT DISTINCT region, zone_id, instance_type FROM spot_prices WHERE instance_type IN (SELECT unnest($types)) "
-        "ORDER BY ALL",
+        "SELECT DISTINCT region, zone_id, instance_type FROM spot_prices "
+        "WHERE instance_type IN (SELECT unnest($types)) ORDER BY ALL",
         {"types": list(FLEET)},
     ).to_pylist()
     reader.close()
@@ -229,8 +229,8 @@ def summary(warehouse: Any) -> dict[str, Any]:
 
     counted = rows("SELECT count(*) AS rows, count(DISTINCT (day, region)) AS partitions FROM spot_prices")[0]
     total = rows(
-        "SELECT sum(actual_usd) AS actual, sum(baseline_usd) AS baseline, sum(net_usd) AS net, sum(hours_covered) AS hours,"
-        " avg(coverage_ratio) AS coverage FROM savings_daily"
+        "SELECT sum(actual_usd) AS actual, sum(baseline_usd) AS baseline, sum(net_usd) AS net, "
+        "sum(hours_covered) AS hours, avg(coverage_ratio) AS coverage FROM savings_daily"
     )[0]
     regions = rows(
         "SELECT region, sum(actual_usd) AS actual, sum(b1_list_usd) AS b1, sum(node_minutes) / 60 AS node_hours "
@@ -317,8 +317,8 @@ def show(figures: dict[str, Any]) -> str:
     """The figures as text for people (and the README)."""
     actual, baseline = Decimal(figures["cost"]["actual"]), Decimal(figures["cost"]["baseline"])
     lines = [
-        f"prices: {figures['price_rows']:,} rows in {figures['price_partitions']} partitions (day x region), ingested in "
-        f"{figures['ingest_seconds']} s, peak memory {figures['ingest_peak_mb']} MB with the replay server "
+        f"prices: {figures['price_rows']:,} rows in {figures['price_partitions']} partitions (day x region), ingested "
+        f"in {figures['ingest_seconds']} s, peak memory {figures['ingest_peak_mb']} MB with the replay server "
         f"({figures['ingest_peak_mb_pipeline']} MB without)",
         f"snapshots missing: {len(figures['missing'])}: "
         + ", ".join(item["expected_at"][:16].replace("T", " ") for item in figures["missing"]),

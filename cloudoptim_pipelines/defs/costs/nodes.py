@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import polars as pl
 from sqlalchemy import Connection, text
@@ -23,7 +24,7 @@ _NODES = text(
     WHERE n.created_at < :end AND (n.terminated_at IS NULL OR n.terminated_at > :start)
     """
 )
-_SCHEMA = {
+_SCHEMA: dict[str, Any] = {
     "customer_id": pl.String,
     "cluster_id": pl.String,
     "node_name": pl.String,

@@ -99,7 +99,7 @@ def assemble(rows: Sequence[dict[str, Any]], fee_rate: Decimal) -> Statement:
             for row in rows
         ],
     }
-    return Statement(totals["baseline_usd"], totals["actual_usd"], totals["net_usd"], fee, body["coverage_ratio"], body)
+    return Statement(totals["baseline_usd"], totals["actual_usd"], totals["net_usd"], fee, round(coverage, 6), body)
 
 
 def write_statements(warehouse: Warehouse, period: Period) -> list[str]:

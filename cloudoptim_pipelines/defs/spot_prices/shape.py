@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import cast
 
 import polars as pl
 
@@ -125,7 +126,7 @@ def day_facts(
     for day, ts, count in per_moment.sort("ts").iter_rows():
         if count >= SNAPSHOT_SHARE * counts[day]["pools"] and counts[day]["pools"] > 1:
             moments.setdefault(day, []).append(ts)
-    first = None if priced_before else rows["ts"].min()
+    first = cast(datetime | None, None if priced_before else rows["ts"].min())
     out = []
     for day in days.days():
         start, end = day_start(day), min(day_start(day) + DAY, max(asked_until, day_start(day)))
