@@ -39,6 +39,7 @@ PORTS = {
     "postgres": PortRule(("CLOUDOPTIM_POSTGRES_PORT",), 15432),
     "redis": PortRule(("CLOUDOPTIM_REDIS_PORT",), 16379),
     "sandbox": PortRule(("CLOUDOPTIM_SANDBOX_PORT",), 14566),
+    "worker": PortRule(("CLOUDOPTIM_WORKER_METRICS_PORT",), 9109),
     "dagster-code": PortRule(("CLOUDOPTIM_CODE_SERVER_PORT",), 14266),
 }
 
@@ -146,18 +147,19 @@ def generated_secrets(home: Path, environ: Mapping[str, str], *, all_of_them: bo
     return values
 
 
-def sandbox_environment(port: int) -> dict[str, str]:
-    """Variables that send every AWS client to the sandbox and keep it from finding a real account's credentials."""
+def sandbox_environment(port: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment with every AWS client sent to the sandbox and kept from finding a real account's credentials."""
+    # Unset, not emptied: botocore takes an empty profile for one named "".
+    kept = {name: value for name, value in environ.items() if not name.startswith("AWS_")}
     return {
+        **kept,
         "CLOUDOPTIM_SANDBOX": "1",
+        "CLOUDOPTIM_SANDBOX_PORT": str(port),
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_REGION": environ.get("AWS_REGION", "us-east-1"),
         "AWS_ACCESS_KEY_ID": "AKIACLOUDOPTIMSANDBX",
         "AWS_SECRET_ACCESS_KEY": "sandbox",
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_PROFILE": "",
-        "AWS_SESSION_TOKEN": "",
-        "AWS_ROLE_ARN": "",
-        "AWS_WEB_IDENTITY_TOKEN_FILE": "",
     }

@@ -32,6 +32,7 @@ from control.supervisor.environment import (
 
 PROBE_TIMEOUT_SECONDS = 2
 PYTHON = sys.executable
+WORKER_ROUND = b"cloudoptim_worker_loop_seconds_count{"
 
 
 @dataclass
@@ -80,7 +81,7 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     sandbox = uses_sandbox(environ)
     own_postgres = not (settings.database_url_setting.get_secret_value() or settings.db_host)
     own_redis = not (settings.redis_url_setting.get_secret_value() or settings.redis_host)
-    names = ["control", "dagster", "dashboards", "dagster-code"]
+    names = ["control", "worker", "dagster", "dashboards", "dagster-code"]
     names += ["postgres"] * own_postgres + ["redis"] * own_redis + ["sandbox"] * sandbox
     ports = choose_ports(names, home, environ)
     postgres = EmbeddedPostgres(home / "postgres", port=ports["postgres"]) if own_postgres else None
@@ -89,9 +90,8 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
         settings.require_secrets()
     database_url = postgres.url() if postgres else settings.database_url
     environment = {
-        **environ,
+        **(sandbox_environment(ports["sandbox"], environ) if sandbox else {**environ, "CLOUDOPTIM_SANDBOX": "0"}),
         **{name: value for name, value in FRUGAL.items() if not environ.get(name)},
-        **(sandbox_environment(ports["sandbox"]) if sandbox else {"CLOUDOPTIM_SANDBOX": "0"}),
         **generated_secrets(home, environ, all_of_them=sandbox),
         HOME_MARK: str(home),
         "CLOUDOPTIM_HOME": str(home),
@@ -102,6 +102,7 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
         "CLOUDOPTIM_CONTROL_URL": f"http://127.0.0.1:{ports['control']}",
         "CLOUDOPTIM_DAGSTER_PORT": str(ports["dagster"]),
         "CLOUDOPTIM_DAGSTER_URL": f"http://127.0.0.1:{ports['dagster']}",
+        "CLOUDOPTIM_WORKER_METRICS_PORT": str(ports["worker"]),
         "CLOUDOPTIM_DASHBOARDS_PORT": str(ports["dashboards"]),
         "CLOUDOPTIM_CODE_SERVER_HOST": "127.0.0.1",
         "CLOUDOPTIM_CODE_SERVER_PORT": str(ports["dagster-code"]),
@@ -109,8 +110,6 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
         "DAGSTER_HOME": str(home / "dagster"),
         "PATH": f"{Path(PYTHON).parent}:{environ.get('PATH', '')}",
     }
-    if sandbox:
-        environment["CLOUDOPTIM_SANDBOX_PORT"] = str(ports["sandbox"])
     plan = Plan(home, settings, sandbox, ports, environment, postgres, redis)
     plan.addresses = {
         "control": environment["CLOUDOPTIM_CONTROL_URL"],
@@ -171,7 +170,7 @@ def all_programs(plan: Plan) -> list[Program]:
     web = ["--host", "127.0.0.1", "--port", str(plan.ports["dagster"]), "--log-level", "warning"]
     programs += [
         Program("control", [*cli, "control"], needs=stage, ready=_answers(plan.addresses["control"] + "/readyz")),
-        Program("worker", [*cli, "worker"], needs=stage),
+        Program("worker", [*cli, "worker"], needs=stage, ready=_works(plan.ports["worker"])),
         Program(
             "dagster-code",
             [PYTHON, "-m", "dagster", "api", "grpc", *grpc, *module],
@@ -232,19 +231,25 @@ def _database_made(postgres: EmbeddedPostgres) -> bool:
 
 def _answers(url: str) -> Callable[[], bool]:
     """A probe: the address answers without an error; a redirect (to a login page) is an answer."""
+    return lambda: _get(url) is not None
+
+
+def _works(port: int) -> Callable[[], bool]:
+    """A probe: the worker has finished a round of a loop, which takes the database."""
+    return lambda: WORKER_ROUND in (_get(f"http://127.0.0.1:{port}/metrics") or b"")
+
+
+def _get(url: str) -> bytes | None:
     parts = urlsplit(url)
-
-    def probe() -> bool:
-        connection = http.client.HTTPConnection(parts.netloc, timeout=PROBE_TIMEOUT_SECONDS)
-        try:
-            connection.request("GET", parts.path)
-            return connection.getresponse().status < 400
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    return probe
+    connection = http.client.HTTPConnection(parts.netloc, timeout=PROBE_TIMEOUT_SECONDS)
+    try:
+        connection.request("GET", parts.path)
+        response = connection.getresponse()
+        return response.read() if response.status < 400 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
 
 
 def _listens(port: int) -> bool:

@@ -41,8 +41,9 @@ def test_sandbox_runs_unless_a_real_account_is_meant(environ, expected):
 
 def test_sandbox_hides_every_real_credential():
     real = {"AWS_PROFILE": "p", "AWS_SESSION_TOKEN": "t", "AWS_ROLE_ARN": "r", "AWS_WEB_IDENTITY_TOKEN_FILE": "f"}
-    merged = {**real, **sandbox_environment(14566)}
-    assert not {value for value in merged.values() if value in real.values()}
+    merged = sandbox_environment(14566, {**real, "PATH": "/bin", "AWS_REGION": "eu-west-1"})
+    assert not real.keys() & merged.keys()
+    assert (merged["PATH"], merged["AWS_REGION"]) == ("/bin", "eu-west-1")
     assert merged["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1:")
     assert merged["AWS_CONFIG_FILE"] == merged["AWS_SHARED_CREDENTIALS_FILE"] == "/dev/null"
 
