@@ -421,5 +421,5 @@ def test_a_root_that_cannot_work_is_refused_by_the_settings_name(root: str) -> N
 
 
 def test_postgres_out_of_reach_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(LakeError, match="cannot reach Postgres .* check DATABASE_URL"):
+    with pytest.raises(LakeError, match=r"cannot reach Postgres .* check DATABASE_URL"):
         Lake(tmp_path, "postgresql://nobody:secret-word@127.0.0.1:1/none").release()
