@@ -321,6 +321,25 @@ class Batch:
         done.launches = any(draft.launch for draft in self.drafts)
         return done
 
+    async def replay(
+        self, conn: AsyncConnection, message: Received, outcome: Outcome
+    ) -> tuple[str, str | None, Ingested]:
+        """Act on a message whose inbox row exists and is locked; returns its new outcome and reason."""
+        instance_ids = sorted(outcome.instance_ids) if isinstance(outcome, ParsedEvent) else []
+        customer_id = self.facts.customer_id
+        nodes = await repository.nodes_of_instances(conn, customer_id, instance_ids) if instance_ids else {}
+        await narrow(conn, customer_id)
+        judged, decisions = self._judge(outcome, nodes)
+        row, label = self._inbox_row(message, judged, decisions)
+        done = Ingested(new=1)
+        if isinstance(judged, ParsedEvent):
+            await self._act(conn, [(message, judged, decisions)], nodes)
+            done.interruptions = [draft.id for draft in self.drafts if draft.new or draft.changed]
+            done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
+            done.launches = any(draft.launch for draft in self.drafts)
+        self.counts.append((row["source"], row["outcome"], label))
+        return row["outcome"], row["reason"], done
+
     def observe(self) -> None:
         """Count and log, once the transaction is committed."""
         for source, outcome, reason in self.counts:

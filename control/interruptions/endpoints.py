@@ -1,0 +1,97 @@
+"""/interruptions, /quarantine and /events/aws."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request
+
+from control.context import Context
+from control.interruptions import views
+from control.interruptions.schemas import (
+    InterruptionDetail,
+    InterruptionList,
+    Pushed,
+    QuarantineList,
+    RebalanceScores,
+    Replayed,
+)
+from control.security.access import CUSTOMER_ADMINS, READERS, require
+from control.security.principal import Principal
+
+router = APIRouter(tags=["interruptions"])
+
+Reader = Annotated[Principal, Depends(require(*READERS))]
+Admin = Annotated[Principal, Depends(require(*CUSTOMER_ADMINS))]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+@router.get("/interruptions")
+async def list_interruptions(
+    principal: Reader,
+    context: Context,
+    customer_id: UUID | None = None,
+    cluster_id: UUID | None = None,
+    state: Literal["unmatched", "open", "closed"] | None = None,
+    since: datetime | None = None,
+    before: UUID | None = None,
+    limit: Limit = 100,
+) -> InterruptionList:
+    """Interruptions with their timelines against the deadline, newest first."""
+    found = await views.list_interruptions(
+        context.db,
+        principal,
+        customer_id=customer_id,
+        cluster_id=cluster_id,
+        state=state,
+        since=since,
+        before=before,
+        limit=limit,
+    )
+    return InterruptionList(interruptions=found, next=found[-1].id if len(found) == limit else None)
+
+
+@router.get("/interruptions/rebalance-scores")
+async def rebalance_scores(
+    principal: Reader,
+    context: Context,
+    customer_id: UUID | None = None,
+    days: Annotated[int, Query(ge=1, le=365)] = 30,
+) -> RebalanceScores:
+    """Per pool: of the rebalance recommendations, how many an interruption followed within 30 minutes."""
+    pools = await views.rebalance_scores(context.db, principal, customer_id=customer_id, days=days)
+    return RebalanceScores(days=days, pools=pools)
+
+
+@router.get("/interruptions/{interruption_id}")
+async def get_interruption(interruption_id: UUID, principal: Reader, context: Context) -> InterruptionDetail:
+    """One interruption: timeline, history, launch attempts and the events that were about it."""
+    return await views.get_interruption(context.db, principal, interruption_id)
+
+
+@router.get("/quarantine")
+async def list_quarantine(
+    principal: Reader,
+    context: Context,
+    customer_id: UUID | None = None,
+    before: datetime | None = None,
+    limit: Limit = 100,
+) -> QuarantineList:
+    """Messages that were not acted on, each with the reason, newest first."""
+    found = await views.list_quarantine(context.db, principal, customer_id=customer_id, before=before, limit=limit)
+    return QuarantineList(messages=found, next=found[-1].received_at if len(found) == limit else None)
+
+
+@router.post("/quarantine/{message_id}/replay")
+async def replay(message_id: str, principal: Admin, context: Context) -> Replayed:
+    """Read a message in quarantine again, with what is known by now."""
+    return await views.replay(context.intake_db, context.bells, principal, message_id)
+
+
+@router.post("/events/aws", status_code=202)
+async def push_event(request: Request, principal: Admin, context: Context) -> Pushed:
+    """One EventBridge event from an API destination: the same intake as the customer's queue. Deliver it again until
+    the answer is 2xx; a second delivery changes nothing."""
+    return Pushed(outcome=await views.push(context.intake_db, context.bells, principal, await request.body()))

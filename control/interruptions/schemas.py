@@ -1,0 +1,172 @@
+"""Requests and answers about interruptions. Times in UTC, durations in seconds, money in USD per hour."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Answer(BaseModel):
+    """Base of answers read from rows."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Step(Answer):
+    """One step of an interruption. ``seconds_left`` counts to the deadline; negative is late."""
+
+    step: str
+    at: datetime | None
+    seconds_after_notice: float | None = None
+    seconds_left: float | None = None
+
+
+class Replacement(Answer):
+    """The newest launch for an interruption."""
+
+    state: str
+    reason: str | None = None
+    decided_by: str | None = None
+    attempts: int
+    instance_id: str | None = None
+    instance_type: str | None = None
+    availability_zone: str | None = None
+    node_type: str | None = None
+    price_usd_per_hour: float | None = None
+
+
+class InterruptionAnswer(Answer):
+    """One interruption with its timeline: warning, task created, task in the agent's hands, cordoned, replacement
+    launched, replacement Ready, drained, closed."""
+
+    id: UUID
+    customer_id: UUID
+    cluster_id: UUID | None
+    region: str
+    instance_id: str
+    instance_type: str | None
+    availability_zone: str | None
+    kind: str
+    instance_action: str
+    notice_at: datetime
+    received_at: datetime
+    deadline_at: datetime
+    detected_by: list[str]
+    state: str
+    outcome: str | None
+    reason: str | None
+    instance_gone_at: datetime | None
+    closed_at: datetime | None
+    drain_state: str | None
+    replacement: Replacement | None
+    timeline: list[Step]
+
+
+class InterruptionList(BaseModel):
+    """Newest first; ``next`` goes into ``before`` for older ones."""
+
+    interruptions: list[InterruptionAnswer]
+    next: UUID | None
+
+
+class HistoryEntry(Answer):
+    """One version of an interruption."""
+
+    version: int
+    at: datetime
+    event: str
+    state: str
+    detail: dict[str, Any]
+
+
+class AttemptAnswer(Answer):
+    """One try to launch."""
+
+    attempt_no: int
+    instance_type: str
+    availability_zone: str
+    node_type: str
+    price_usd_per_hour: float | None
+    state: str
+    instance_id: str | None
+    failure: str | None
+    created_at: datetime
+    launched_at: datetime | None
+    ready_at: datetime | None
+    ended_at: datetime | None
+
+
+class SignalAnswer(Answer):
+    """One event that was about an interruption."""
+
+    id: UUID
+    event_type: str
+    source: str
+    occurred_at: datetime
+    received_at: datetime
+    action_taken: str | None
+
+
+class InterruptionDetail(InterruptionAnswer):
+    """An interruption with all that is known of it."""
+
+    history: list[HistoryEntry]
+    attempts: list[AttemptAnswer]
+    events: list[SignalAnswer]
+
+
+class QuarantinedMessage(Answer):
+    """A message that was not acted on. ``id`` is what replay takes."""
+
+    id: str
+    customer_id: UUID
+    source: str
+    event_type: str | None
+    reason: str | None
+    body: str | None
+    receive_count: int
+    sent_at: datetime | None
+    received_at: datetime
+    replayed_at: datetime | None
+
+
+class QuarantineList(BaseModel):
+    """Newest first; ``next`` goes into ``before`` for older ones."""
+
+    messages: list[QuarantinedMessage]
+    next: datetime | None
+
+
+class Replayed(BaseModel):
+    """What became of a message that was read again: handled, waiting, dropped or quarantined."""
+
+    outcome: str
+    reason: str | None
+    interruptions: list[UUID] = Field(default_factory=list)
+
+
+class Pushed(BaseModel):
+    """What became of a pushed event. ``duplicate``: it was known already."""
+
+    outcome: str
+
+
+class RebalanceScore(Answer):
+    """How well a pool's rebalance recommendations announced interruptions. Recommendations younger than 30 minutes
+    are not counted yet."""
+
+    instance_type: str
+    availability_zone: str
+    recommendations: int
+    interrupted_within_30_minutes: int
+    precision: float
+
+
+class RebalanceScores(BaseModel):
+    """Per pool, most recommendations first."""
+
+    days: int
+    pools: list[RebalanceScore]

@@ -1,0 +1,202 @@
+"""What people see of interruptions, and the replay of messages in quarantine."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row
+
+from control.bus.bells import Bells
+from control.errors import Invalid, NotFound
+from control.interruptions import repository, service, views_repository
+from control.interruptions.parsing import ParsedEvent, QueueOwner, parse
+from control.interruptions.schemas import (
+    AttemptAnswer,
+    HistoryEntry,
+    InterruptionAnswer,
+    InterruptionDetail,
+    QuarantinedMessage,
+    RebalanceScore,
+    Replacement,
+    Replayed,
+    SignalAnswer,
+    Step,
+)
+from control.interruptions.service import Batch, Received
+from control.security.principal import Principal
+from warehouse.contracts import EventSource
+from warehouse.postgres.session import Database
+
+
+async def list_interruptions(db: Database, principal: Principal, **filters: Any) -> list[InterruptionAnswer]:
+    """Interruptions the caller may see, newest first."""
+    async with principal.scope(db) as conn:
+        rows = await views_repository.list_interruptions(conn, **filters)
+    return [_answer(row) for row in rows]
+
+
+async def get_interruption(db: Database, principal: Principal, interruption_id: UUID) -> InterruptionDetail:
+    """One interruption with its history.
+
+    Raises:
+        NotFound: none, or another customer's.
+    """
+    async with principal.scope(db) as conn:
+        rows = await views_repository.list_interruptions(conn, id=interruption_id, limit=1)
+        if not rows:
+            raise NotFound("interruption")
+        history = await views_repository.history(conn, interruption_id)
+        attempts = await views_repository.attempts(conn, interruption_id)
+        events = await views_repository.events(conn, interruption_id)
+    return InterruptionDetail(
+        **_answer(rows[0]).model_dump(),
+        history=[HistoryEntry.model_validate(row) for row in history],
+        attempts=[AttemptAnswer.model_validate(row) for row in attempts],
+        events=[SignalAnswer.model_validate(row) for row in events],
+    )
+
+
+def timeline(notice_at: datetime, deadline_at: datetime, steps: Sequence[tuple[str, datetime | None]]) -> list[Step]:
+    """Steps with their distance from the notice and to the deadline, in the order given."""
+    return [
+        Step(
+            step=name,
+            at=at,
+            seconds_after_notice=(at - notice_at).total_seconds() if at else None,
+            seconds_left=(deadline_at - at).total_seconds() if at else None,
+        )
+        for name, at in steps
+    ]
+
+
+def _answer(row: Row) -> InterruptionAnswer:
+    values = dict(row._mapping)
+    replacement = None
+    if row.launch_state is not None:
+        replacement = Replacement(
+            state=row.launch_state,
+            reason=row.launch_reason,
+            decided_by=row.decided_by,
+            attempts=row.attempts,
+            instance_id=row.replacement_instance_id,
+            instance_type=row.replacement_instance_type,
+            availability_zone=row.replacement_zone,
+            node_type=row.replacement_node_type,
+            price_usd_per_hour=row.replacement_price,
+        )
+    steps = [
+        ("warning", row.notice_at),
+        ("task_created", row.task_created_at),
+        ("task_in_agents_hands", row.first_leased_at),
+        ("cordoned", row.cordoned_at),
+        ("replacement_launched", row.launched_at),
+        ("replacement_ready", row.ready_at),
+        ("drained", row.drain_finished_at if row.drain_state == "done" else None),
+        ("closed", row.closed_at),
+    ]
+    known = {name: values[name] for name in InterruptionAnswer.model_fields if name in values}
+    return InterruptionAnswer(
+        **known, replacement=replacement, timeline=timeline(row.notice_at, row.deadline_at, steps)
+    )
+
+
+async def rebalance_scores(
+    db: Database, principal: Principal, *, customer_id: UUID | None, days: int
+) -> list[RebalanceScore]:
+    """How often a rebalance recommendation was followed by an interruption within 30 minutes, per pool."""
+    async with principal.scope(db) as conn:
+        rows = await views_repository.rebalance_scores(conn, customer_id=customer_id, days=days, limit=500)
+    return [
+        RebalanceScore(**row._mapping, precision=row.interrupted_within_30_minutes / row.recommendations)
+        for row in rows
+    ]
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------
+
+
+def message_id(customer_id: UUID, source: str, dedupe_key: str) -> str:
+    """A message's key as one opaque piece of a URL."""
+    return base64.urlsafe_b64encode(f"{customer_id}\n{source}\n{dedupe_key}".encode()).decode().rstrip("=")
+
+
+def read_message_id(value: str) -> tuple[UUID, str, str]:
+    """The key behind an id of ``message_id``.
+
+    Raises:
+        NotFound: it is none.
+    """
+    try:
+        padded = value + "=" * (-len(value) % 4)
+        customer, source, dedupe_key = base64.urlsafe_b64decode(padded.encode()).decode().split("\n", 2)
+        return UUID(customer), source, dedupe_key
+    except (ValueError, binascii.Error):
+        raise NotFound("message") from None
+
+
+async def list_quarantine(
+    db: Database, principal: Principal, *, customer_id: UUID | None, before: datetime | None, limit: int
+) -> list[QuarantinedMessage]:
+    """Messages that were not acted on, with the reason, newest first."""
+    async with principal.scope(db) as conn:
+        rows = await views_repository.list_quarantine(conn, customer_id=customer_id, before=before, limit=limit)
+    return [
+        QuarantinedMessage(
+            id=message_id(row.customer_id, row.source, row.dedupe_key),
+            **{name: value for name, value in row._mapping.items() if name != "dedupe_key"},
+        )
+        for row in rows
+    ]
+
+
+async def replay(db: Database, bells: Bells | None, principal: Principal, quarantined_id: str) -> Replayed:
+    """Read a message in quarantine again, with what is known by now; what it means is done in the same transaction.
+
+    Raises:
+        NotFound: it is not in quarantine, or another customer's.
+    """
+    customer_id, source, dedupe_key = read_message_id(quarantined_id)
+    principal.customer(customer_id, what="message")
+    now = datetime.now(UTC)
+    async with db.system() as conn:
+        facts = await repository.customer_facts(conn, customer_id)
+        row = await views_repository.lock_quarantined(conn, customer_id, source, dedupe_key)
+        if facts is None or row is None:
+            raise NotFound("message")
+        message = Received(
+            row.body or "", EventSource(source), row.sqs_message_id, row.sent_at or row.received_at, row.receive_count
+        )
+        owner = QueueOwner(facts.account_id, facts.regions)
+        # A notice keeps its age, so that what is old by now is judged by the cluster's state of now.
+        outcome = parse(message.body, owner=owner, received_at=now, sent_at=message.sent_at)
+        batch = Batch(facts, now)
+        state, reason, done = await batch.replay(conn, message, outcome)
+        event_type = outcome.kind.value if isinstance(outcome, ParsedEvent) else outcome.event_type
+        await views_repository.mark_replayed(
+            conn, customer_id, source, dedupe_key, outcome=state, reason=reason, event_type=event_type
+        )
+    await done.ring(bells)
+    return Replayed(outcome=state, reason=reason, interruptions=done.interruptions)
+
+
+async def push(db: Database, bells: Bells | None, principal: Principal, body: bytes) -> str:
+    """One event by HTTP from a customer's API destination: the customer is the key's, the rest is the queue's path.
+
+    Raises:
+        Invalid: the key belongs to no customer.
+    """
+    if principal.customer_id is None:
+        raise Invalid(
+            "events are pushed with a key of the customer they belong to; make one with POST /api/v1/api-keys"
+        )
+    facts = await service.Facts(db).of(principal.customer_id)
+    done = await service.ingest(db, facts, [Received(body, EventSource.PUSH)])
+    await done.ring(bells)
+    if done.duplicates:
+        return "duplicate"
+    return next(name for name in ("handled", "waiting", "dropped", "quarantined") if getattr(done, name))
