@@ -73,6 +73,7 @@ class Ec2:
             "TerminateInstances": self._terminate_instances,
             "DescribeInstances": self._describe_instances,
             "DescribeInstanceStatus": self._describe_instance_status,
+            "DescribeInstanceAttribute": self._describe_instance_attribute,
             "DescribeSpotInstanceRequests": self._describe_spot_requests,
             "CancelSpotInstanceRequests": self._cancel_spot_requests,
             "CreateTags": self._create_tags,
@@ -385,6 +386,15 @@ class Ec2:
             by_reservation.setdefault(instance.reservation_id, []).append(instance)
         call.result["count"] = len(chosen)
         return {"reservationSet": [self._reservation(group) for group in by_reservation.values()], "nextToken": token}
+
+    def _describe_instance_attribute(self, call: Call) -> dict[str, Any]:
+        """User data is never kept here, so it is empty; nothing is protected."""
+        (instance,) = self._mine(call, [call.params.get("InstanceId", "")])
+        return {
+            "instanceId": instance.instance_id,
+            "userData": {},
+            "disableApiTermination": {"value": "false"},
+        }
 
     def _describe_instance_status(self, call: Call) -> dict[str, Any]:
         call.params["InstanceId"] = call.params.get("InstanceId") or []
