@@ -19,14 +19,28 @@ from dashboards.api import ControlApi
 from dashboards.auth import COOKIE, LoginAuth, LoginHandler, Logins, LogoutHandler
 from dashboards.config import DashboardSettings, DashboardSettingsError
 from dashboards.data import Data
-from dashboards.export import DownloadHandler, Export
-from dashboards.pages import cost
+from dashboards.export import DownloadHandler, Export, ReportHandler
+from dashboards.pages import cost, gaps, interruptions, nodes, prices, reports
 from dashboards.shell import PageSpec, Services, page
 
 log = logging.getLogger("cloudoptim.dashboards")
 
-PAGES: tuple[PageSpec, ...] = (PageSpec("cost", "Cost", "payments", cost.build),)
-EXPORTS: dict[str, Export] = {"cost": cost.export}
+PAGES: tuple[PageSpec, ...] = (
+    PageSpec("cost", "Cost", "payments", cost.build),
+    PageSpec("interruptions", "Interruptions", "bolt", interruptions.build),
+    PageSpec("gaps", "Gap filler", "event_busy", gaps.build),
+    PageSpec("nodes", "Clusters and nodes", "dns", nodes.build),
+    PageSpec("prices", "Spot prices", "show_chart", prices.build),
+    PageSpec("reports", "Reports", "description", reports.build),
+)
+EXPORTS: dict[str, Export] = {
+    "cost": cost.export,
+    "gaps": gaps.export,
+    "interruptions": interruptions.export,
+    "nodes": nodes.export,
+    "prices": prices.export,
+    "savings": reports.export,
+}
 
 # How long a page may be disconnected (a laptop asleep) and still find its session.
 PAGE_TOKEN_SECONDS = 12 * 3600
@@ -104,6 +118,7 @@ class Dashboards:
                     DownloadHandler,
                     {**shared, "data": self.data, "exports": EXPORTS},
                 ),
+                (r"/report/(\d{4}-\d{2})\.(html|csv|parquet|json|focus)", ReportHandler, shared),
                 (r"/assets/(.*)", StaticFileHandler, {"path": str(ui.ASSETS)}),
             ],
         )

@@ -44,6 +44,11 @@ def usd_per_hour(value: Number | None) -> str:
     return f"{usd(value, digits=2 if size >= 1 or size == 0 else 3 if size >= 0.1 else 4)}/h"
 
 
+def pool_price(value: Number | None) -> str:
+    """A price per instance hour with the four digits AWS gives: ``$0.0312/h``."""
+    return DASH if value is None else f"{usd(value, digits=4)}/h"
+
+
 def percent(value: Number | None, *, digits: int = 1) -> str:
     """A ratio as a percentage, e.g. ``61.2%``."""
     if value is None:
@@ -101,6 +106,11 @@ def chip(text: str, tone: Tone = "") -> Markup:
 def link(text: str, href: str) -> Markup:
     """A link within the dashboards."""
     return Markup('<a href="{}">{}</a>').format(href, text)
+
+
+def link_here(text: str, query: Mapping[str, str]) -> Markup:
+    """A link to the same page with other parameters."""
+    return link(text, f"?{urlencode(query)}")
 
 
 def bar(value: Number | None, largest: Number, text: str, tone: Tone = "") -> Markup:
@@ -243,11 +253,6 @@ def card(title: str, *body: Any, note: str | Markup = "", actions: str | Markup 
         title, note, actions
     )
     return pn.Column(html(head), *body, sizing_mode="stretch_width", margin=0, css_classes=["card"], stylesheets=[CSS])
-
-
-def row(*objects: Any) -> pn.Column:
-    """Cards side by side where there is room, below each other where there is not."""
-    return pn.Column(*objects, sizing_mode="stretch_width", margin=0, css_classes=["pair"], stylesheets=[CSS])
 
 
 def controls(*widgets: Any) -> pn.FlexBox:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID
@@ -365,12 +365,551 @@ class Data:
             **({"cluster": str(cluster_id)} if cluster_id else {}),
         )
 
+    # Interruptions
 
-LIVE_COST_SQL = """
-    SELECT c.id AS cluster_id, c.cluster_name, n.node_type, n.instance_type, count(*) AS nodes,
-           count(p.paid) FILTER (WHERE od.price_usd_per_hour IS NOT NULL) AS priced,
-           sum(p.paid) FILTER (WHERE od.price_usd_per_hour IS NOT NULL) AS actual,
-           sum(od.price_usd_per_hour) FILTER (WHERE p.paid IS NOT NULL) AS b1
+    def interruptions(
+        self, customer_id: UUID, since: datetime, cluster_id: UUID | None = None, limit: int = 300
+    ) -> list[InterruptionRow]:
+        """Interruptions received since then with the moments of each, newest first."""
+
+        def read() -> list[InterruptionRow]:
+            rows = self._rows(
+                customer_id,
+                INTERRUPTIONS_SQL,
+                customer_id=customer_id,
+                since=since,
+                cluster_id=cluster_id,
+                interruption_id=None,
+                limit=limit,
+            )
+            return [InterruptionRow(**row) for row in rows]
+
+        key = (str(customer_id), "interruptions", since.replace(second=0, microsecond=0), cluster_id, limit)
+        return self._cache.get(key, LIVE_SECONDS, read)
+
+    def interruption(self, customer_id: UUID, interruption_id: UUID) -> InterruptionRow | None:
+        """One interruption; None when this customer has none of that id."""
+        rows = self._rows(
+            customer_id,
+            INTERRUPTIONS_SQL,
+            customer_id=customer_id,
+            since=datetime(2000, 1, 1, tzinfo=UTC),
+            cluster_id=None,
+            interruption_id=interruption_id,
+            limit=1,
+        )
+        return InterruptionRow(**rows[0]) if rows else None
+
+    def interruption_history(self, customer_id: UUID, interruption_id: UUID) -> list[Mapping[str, Any]]:
+        """Every recorded change of one interruption: ``version``, ``at``, ``event``, ``state``."""
+        return self._rows(
+            customer_id,
+            "SELECT version, at, event, state FROM interruption_history "
+            "WHERE customer_id = :customer_id AND interruption_id = :id ORDER BY version LIMIT 200",
+            customer_id=customer_id,
+            id=interruption_id,
+        )
+
+    def interruption_rates(self, customer_id: UUID, since: datetime, cluster_id: UUID | None = None) -> list[PoolRate]:
+        """Spot interruptions and the instance hours they happened in, by pool, most exposed first.
+
+        Hours come from the lake, so only interruptions before the newest hour there are counted.
+        """
+        hours = self._lake_table(
+            customer_id,
+            f"""
+            SELECT region, availability_zone, instance_type, sum(minutes) / 60.0 AS hours,
+                   max(ts) + INTERVAL 1 HOUR AS until
+            FROM node_cost_hourly
+            WHERE day >= $day AND ts >= $since AND lifecycle = 'spot'
+                  {"AND cluster_id = $cluster" if cluster_id else ""}
+            GROUP BY ALL
+            """,
+            day=since.date(),
+            since=_hour(since),
+            **({"cluster": str(cluster_id)} if cluster_id else {}),
+        ).to_pylist()
+        if not hours:
+            return []
+        taken = self._rows(
+            customer_id,
+            """
+            SELECT region, availability_zone, instance_type, count(*) AS taken FROM interruptions
+            WHERE customer_id = :customer_id AND kind = 'spot_interruption' AND notice_at >= :since
+              AND notice_at < :until AND (CAST(:cluster_id AS uuid) IS NULL OR cluster_id = :cluster_id)
+            GROUP BY region, availability_zone, instance_type
+            """,
+            customer_id=customer_id,
+            since=_hour(since),
+            until=max(row["until"] for row in hours),
+            cluster_id=cluster_id,
+        )
+        counts = {(row["region"], row["availability_zone"], row["instance_type"]): row["taken"] for row in taken}
+        rates = []
+        for row in hours:
+            pool = (row["region"], row["availability_zone"], row["instance_type"])
+            rates.append(PoolRate(*pool, float(row["hours"]), counts.pop(pool, 0)))
+        # Interrupted in a pool without a recorded hour: counted, so that the total is not too small.
+        rates += [PoolRate(*pool, 0.0, taken) for pool, taken in counts.items()]
+        return sorted(rates, key=lambda rate: (-rate.hours, rate.instance_type or ""))
+
+    def interruptions_export(self, customer_id: UUID, since: datetime, cluster_id: UUID | None = None) -> pa.Table:
+        """The interruptions with every moment of their timeline."""
+        rows = self.interruptions(customer_id, since, cluster_id, limit=50_000)
+        return table_of(rows, INTERRUPTION_SCHEMA)
+
+    # Clusters and nodes
+
+    def cluster_states(self, customer_id: UUID) -> list[Mapping[str, Any]]:
+        """Clusters with what their agents last said."""
+
+        def read() -> list[Mapping[str, Any]]:
+            return self._rows(customer_id, CLUSTERS_SQL, customer_id=customer_id)
+
+        return self._cache.get((str(customer_id), "cluster states"), LIVE_SECONDS, read)
+
+    def nodes(
+        self, customer_id: UUID, cluster_id: UUID | None = None, node_type: str | None = None
+    ) -> list[Mapping[str, Any]]:
+        """Nodes running now with the price of each, most expensive first."""
+
+        def read() -> list[Mapping[str, Any]]:
+            return self._rows(
+                customer_id,
+                NODES_SQL,
+                customer_id=customer_id,
+                product=PRODUCT,
+                cluster_id=cluster_id,
+                node_type=node_type,
+            )
+
+        return self._cache.get((str(customer_id), "nodes", cluster_id, node_type), LIVE_SECONDS, read)
+
+    def node_counts(self, customer_id: UUID, hours: int, cluster_id: UUID | None = None) -> pa.Table:
+        """Nodes in each hour, Spot and on demand: ``ts``, ``spot``, ``on_demand`` (mean number in the hour)."""
+        until = _hour(datetime.now(UTC))
+        since = until - timedelta(hours=hours)
+        return self._lake_table(
+            customer_id,
+            f"""
+            SELECT ts, sum(spot_minutes) / 60.0 AS spot, sum(node_minutes - spot_minutes) / 60.0 AS on_demand
+            FROM cluster_cost_hourly
+            WHERE day >= $day AND ts >= $since AND ts < $until {"AND cluster_id = $cluster" if cluster_id else ""}
+            GROUP BY ts ORDER BY ts
+            """,
+            day=since.date(),
+            since=since,
+            until=until,
+            **({"cluster": str(cluster_id)} if cluster_id else {}),
+        )
+
+    def nodes_export(self, customer_id: UUID, cluster_id: UUID | None, node_type: str | None) -> pa.Table:
+        """The nodes running now."""
+        return pa.Table.from_pylist(
+            [dict(row) for row in self.nodes(customer_id, cluster_id, node_type)], schema=NODE_SCHEMA
+        )
+
+    # Spot prices
+
+    def price_regions(self, customer_id: UUID) -> list[PriceRegion]:
+        """Regions with Spot prices in the lake, and the days they cover."""
+        rows = self._lake_table(
+            customer_id,
+            "SELECT region, min(day) AS first, max(day) AS last FROM spot_prices GROUP BY region ORDER BY region",
+        )
+        return [PriceRegion(**row) for row in rows.to_pylist()]
+
+    def price_types(self, customer_id: UUID, region: PriceRegion) -> list[str]:
+        """Instance types with a price in the newest days of the region."""
+        rows = self._lake_table(
+            customer_id,
+            "SELECT DISTINCT instance_type FROM spot_prices "
+            "WHERE region = $region AND product = $product AND day >= $day ORDER BY instance_type",
+            region=region.region,
+            product=PRODUCT,
+            day=region.last - timedelta(days=2),
+        )
+        return rows["instance_type"].to_pylist()
+
+    def spot_prices(self, customer_id: UUID, region: PriceRegion, instance_type: str, days: int) -> pa.Table:
+        """Prices of one type in each zone: ``zone_id``, ``ts``, ``price``, ``lowest``, ``highest``.
+
+        At most MAX_POINTS rows: a bucket keeps its last price and its extremes, so that a shock is not averaged away.
+        The price that held before the window is set at its start.
+        """
+        until = datetime.combine(region.last, datetime.max.time(), UTC)
+        since = datetime.combine(region.last - timedelta(days=days - 1), datetime.min.time(), UTC)
+        bucket = max(60.0, days * 86_400 / (MAX_POINTS / 8))
+        return self._lake_table(
+            customer_id,
+            """
+            SELECT zone_id, greatest(to_timestamp(floor(epoch(ts) / $bucket) * $bucket), $since) AS ts,
+                   CAST(arg_max(price_usd_per_hour, ts) AS DOUBLE) AS price,
+                   CAST(min(price_usd_per_hour) FILTER (ts >= $since) AS DOUBLE) AS lowest,
+                   CAST(max(price_usd_per_hour) FILTER (ts >= $since) AS DOUBLE) AS highest
+            FROM spot_prices
+            WHERE region = $region AND instance_type = $type AND product = $product
+              AND day BETWEEN $before AND $last AND ts <= $until
+            GROUP BY 1, 2 ORDER BY 1, 2
+            """,
+            region=region.region,
+            type=instance_type,
+            product=PRODUCT,
+            bucket=bucket,
+            since=since,
+            until=until,
+            before=since.date() - timedelta(days=2),
+            last=region.last,
+        )
+
+    def price_movers(self, customer_id: UUID, region: PriceRegion, days: int, limit: int = 12) -> list[dict[str, Any]]:
+        """Pools whose price moved most in the window: highest over lowest."""
+        return self._lake_table(
+            customer_id,
+            """
+            SELECT instance_type, zone_id, CAST(min(price_usd_per_hour) AS DOUBLE) AS lowest,
+                   CAST(max(price_usd_per_hour) AS DOUBLE) AS highest, arg_max(ts, price_usd_per_hour) AS highest_at,
+                   CAST(arg_max(price_usd_per_hour, ts) AS DOUBLE) AS newest
+            FROM spot_prices
+            WHERE region = $region AND product = $product AND day BETWEEN $first AND $last AND price_usd_per_hour > 0
+            GROUP BY instance_type, zone_id
+            ORDER BY highest / lowest DESC, highest DESC, instance_type, zone_id LIMIT $limit
+            """,
+            region=region.region,
+            product=PRODUCT,
+            first=region.last - timedelta(days=days - 1),
+            last=region.last,
+            limit=limit,
+        ).to_pylist()
+
+    def list_price(self, customer_id: UUID, region: str, instance_type: str) -> Decimal | None:
+        """On-demand price of the type now, USD per hour; None when it is not known."""
+        rows = self._rows(
+            customer_id,
+            "SELECT price_usd_per_hour FROM on_demand_price "
+            "WHERE region = :region AND instance_type = :instance_type AND product = :product",
+            region=region,
+            instance_type=instance_type,
+            product=PRODUCT,
+        )
+        return rows[0]["price_usd_per_hour"] if rows else None
+
+    def prices_export(self, customer_id: UUID, region: PriceRegion, instance_type: str, days: int) -> pa.Table:
+        """Every price change of the type in the window."""
+        return self._lake_table(
+            customer_id,
+            """
+            SELECT ts AS effective_at_utc, region, zone_id, availability_zone, instance_type, product,
+                   price_usd_per_hour, source, fetched_at
+            FROM spot_prices
+            WHERE region = $region AND instance_type = $type AND product = $product AND day BETWEEN $first AND $last
+            ORDER BY zone_id, ts
+            """,
+            region=region.region,
+            type=instance_type,
+            product=PRODUCT,
+            first=region.last - timedelta(days=days - 1),
+            last=region.last,
+        )
+
+    # Gaps
+
+    def coverage_by_day(self, customer_id: UUID, lookback_days: int) -> list[Mapping[str, Any]]:
+        """Expected, present and missing points by table and day, with the number of gaps in each state.
+
+        The customer's own series, and prices, which belong to nobody.
+        """
+        since = _midnight(datetime.now(UTC)) - timedelta(days=lookback_days)
+        given = {"first": since.date().isoformat(), "since": since}
+        own = self._rows(
+            customer_id,
+            COVERAGE_SQL.format(scope="customer_id = :customer_id"),
+            customer_id=customer_id,
+            **given,
+        )
+        return own + self._rows(None, COVERAGE_SQL.format(scope="customer_id IS NULL"), **given)
+
+    def gaps(self, customer_id: UUID, lookback_days: int, limit: int = 20_000) -> list[Mapping[str, Any]]:
+        """Gaps of the lookback, newest first."""
+        return self._rows(
+            customer_id,
+            """
+            SELECT table_name, series, partition_key, gap_start, gap_end, expected_points, missing_points, reason,
+                   state, found_at, filled_at
+            FROM data_gaps
+            WHERE gap_start >= :since AND (customer_id = :customer_id OR customer_id IS NULL)
+            ORDER BY gap_start DESC, table_name, series LIMIT :limit
+            """,
+            customer_id=customer_id,
+            since=_midnight(datetime.now(UTC)) - timedelta(days=lookback_days),
+            limit=limit,
+        )
+
+    def fills(self, customer_id: UUID, platform: bool, limit: int = 12) -> list[Mapping[str, Any]]:
+        """Requests to fill gaps, newest first: the customer's own, or all for the platform."""
+        return self._rows(
+            None if platform else customer_id,
+            """
+            SELECT id, created_at, requested_by, table_name, jsonb_array_length(partitions) AS partitions, state,
+                   records_filled, sources_used, error, finished_at
+            FROM gap_fills WHERE :platform OR customer_id = :customer_id ORDER BY created_at DESC LIMIT :limit
+            """,
+            customer_id=customer_id,
+            platform=platform,
+            limit=limit,
+        )
+
+    # Savings
+
+    def savings_days(self, customer_id: UUID, first: date, last: date) -> list[dict[str, Any]]:
+        """Savings of all clusters against B1 list by day, USD."""
+        return self._lake_table(
+            customer_id,
+            """
+            SELECT day, sum(baseline_usd) AS baseline, sum(actual_usd) AS actual, sum(gross_usd) AS gross,
+                   sum(overlap_usd) AS overlap, sum(fallback_premium_usd) AS fallback, sum(rework_usd) AS rework,
+                   sum(displaced_commitment_usd) AS displaced, sum(net_usd) AS net,
+                   CAST(sum(hours_covered) AS BIGINT) AS hours, avg(coverage_ratio) AS coverage,
+                   bool_and(stage = 'realised') AS realised
+            FROM savings_daily
+            WHERE day BETWEEN $first AND $last AND baseline = 'b1_list'
+            GROUP BY day ORDER BY day
+            """,
+            first=first,
+            last=last,
+        ).to_pylist()
+
+    def savings_months(self, customer_id: UUID) -> list[date]:
+        """First days of the months with savings, newest first."""
+        rows = self._lake_table(
+            customer_id,
+            "SELECT DISTINCT CAST(date_trunc('month', day) AS DATE) AS month FROM savings_daily ORDER BY month DESC",
+        )
+        return rows["month"].to_pylist()
+
+    def savings_export(self, customer_id: UUID, first: date, last: date) -> pa.Table:
+        """Savings by cluster, day and baseline."""
+        return self._lake_table(
+            customer_id,
+            """
+            SELECT day, cluster_id, baseline, stage, baseline_usd, actual_usd, gross_usd, overlap_usd,
+                   fallback_premium_usd, displaced_commitment_usd, rework_usd, net_usd, hours_covered, coverage_ratio
+            FROM savings_daily WHERE day BETWEEN $first AND $last ORDER BY day, cluster_id, baseline
+            """,
+            first=first,
+            last=last,
+        )
+
+    def statements(self, customer_id: UUID, limit: int = 62) -> list[Mapping[str, Any]]:
+        """Statements as they were written, newest period first, each with the lake release it read."""
+        return self._rows(
+            customer_id,
+            """
+            SELECT id, period, period_start, period_end, revision, baseline_name, baseline_usd, actual_usd,
+                   net_savings_usd, fee_usd, coverage, lake_release_id, created_at, sent_at
+            FROM savings_statements WHERE customer_id = :customer_id
+            ORDER BY period_start DESC, period, revision DESC LIMIT :limit
+            """,
+            customer_id=customer_id,
+            limit=limit,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptionRow:
+    """One interruption with its moments; those that have not come are None."""
+
+    id: UUID
+    cluster_id: UUID | None
+    cluster_name: str | None
+    node_name: str | None
+    region: str
+    instance_id: str
+    instance_type: str | None
+    availability_zone: str | None
+    kind: str
+    instance_action: str
+    detected_by: list[str]
+    state: str
+    outcome: str | None
+    reason: str | None
+    notice_at: datetime
+    received_at: datetime
+    deadline_at: datetime
+    task_created_at: datetime | None
+    task_taken_at: datetime | None
+    cordoned_at: datetime | None
+    drained_at: datetime | None
+    task_state: str | None
+    launch_state: str | None
+    launched_at: datetime | None
+    ready_at: datetime | None
+    replacement_instance_id: str | None
+    replacement_type: str | None
+    replacement_zone: str | None
+    replacement_node_type: str | None
+    attempts: int
+    closed_at: datetime | None
+
+    def after_notice(self, moment: datetime | None) -> float | None:
+        """Seconds from the notice; None when the moment has not come."""
+        return None if moment is None else (moment - self.notice_at).total_seconds()
+
+    @property
+    def margin(self) -> float | None:
+        """Seconds between drained and the deadline; negative when late, None while it is not drained."""
+        return None if self.drained_at is None else (self.deadline_at - self.drained_at).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRate:
+    """Interruptions of a pool over the Spot instance hours in it."""
+
+    region: str
+    availability_zone: str | None
+    instance_type: str | None
+    hours: float
+    taken: int
+
+
+@dataclass(frozen=True, slots=True)
+class PriceRegion:
+    """A region with Spot prices, first and last day included."""
+
+    region: str
+    first: date
+    last: date
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Events per 1,000 instance hours with a 95% interval."""
+
+    per_thousand: float
+    low: float
+    high: float
+
+
+def rate(events: int, hours: float) -> Rate | None:
+    """Poisson rate per 1,000 instance hours; None without hours.
+
+    The interval is Byar's approximation of the exact (Garwood) one, within 1% of it from one event on; without an
+    event the lower end is 0 and the upper end the exact 3.69 events.
+    """
+    if hours <= 0:
+        return None
+    upper_events = (events + 1) * (1 - 1 / (9 * (events + 1)) + 1.96 / (3 * (events + 1) ** 0.5)) ** 3
+    lower_events = events * (1 - 1 / (9 * events) - 1.96 / (3 * events**0.5)) ** 3 if events else 0.0
+    if not events:
+        upper_events = 3.69
+    scale = 1000 / hours
+    return Rate(events * scale, max(0.0, lower_events) * scale, upper_events * scale)
+
+
+_TIME = pa.timestamp("us", tz="UTC")
+INTERRUPTION_SCHEMA = pa.schema(
+    [
+        (name, pa.string())
+        for name in (
+            "id",
+            "cluster_name",
+            "node_name",
+            "region",
+            "availability_zone",
+            "instance_type",
+            "instance_id",
+            "kind",
+            "instance_action",
+            "detected_by",
+            "state",
+            "outcome",
+            "reason",
+        )
+    ]
+    + [
+        (name, _TIME)
+        for name in (
+            "notice_at",
+            "received_at",
+            "task_created_at",
+            "task_taken_at",
+            "cordoned_at",
+            "launched_at",
+            "ready_at",
+            "drained_at",
+            "deadline_at",
+            "closed_at",
+        )
+    ]
+    + [
+        ("replacement_instance_id", pa.string()),
+        ("replacement_type", pa.string()),
+        ("replacement_zone", pa.string()),
+        ("replacement_node_type", pa.string()),
+        ("attempts", pa.int64()),
+    ]
+)
+NODE_SCHEMA = pa.schema(
+    [
+        (name, pa.string())
+        for name in ("cluster_name", "node_name", "instance_id", "instance_type", "availability_zone", "zone_id")
+    ]
+    + [
+        ("node_type", pa.string()),
+        ("status", pa.string()),
+        ("cpu_cores", pa.float64()),
+        ("memory_bytes", pa.int64()),
+        ("price_usd_per_hour", pa.decimal128(18, 8)),
+        ("on_demand_usd_per_hour", pa.decimal128(18, 8)),
+        ("created_at", _TIME),
+        ("ready_at", _TIME),
+        ("last_seen_at", _TIME),
+    ]
+)
+
+
+def table_of(rows: list[Any], schema: pa.Schema) -> pa.Table:
+    """Objects as an Arrow table; ids and lists as text."""
+    columns = {}
+    for column in schema:
+        values = [getattr(row, column.name) for row in rows]
+        if pa.types.is_string(column.type):
+            values = [
+                value if value is None else ",".join(value) if isinstance(value, list) else str(value)
+                for value in values
+            ]
+        columns[column.name] = pa.array(values, column.type)
+    return pa.table(columns, schema=schema)
+
+
+INTERRUPTIONS_SQL = """
+    SELECT i.id, i.cluster_id, c.cluster_name, n.node_name, i.region, i.instance_id, i.instance_type,
+           i.availability_zone, i.kind, i.instance_action, i.detected_by, i.state, i.outcome, i.reason, i.notice_at,
+           i.received_at, i.deadline_at, t.created_at AS task_created_at, t.first_leased_at AS task_taken_at,
+           t.cordoned_at, CASE WHEN t.state = 'done' THEN t.finished_at END AS drained_at, t.state AS task_state,
+           l.state AS launch_state, a.launched_at, a.ready_at, a.instance_id AS replacement_instance_id,
+           a.instance_type AS replacement_type, a.availability_zone AS replacement_zone,
+           a.node_type AS replacement_node_type, coalesce(a.attempt_no, 0) AS attempts, i.closed_at
+    FROM interruptions i
+    LEFT JOIN clusters c ON c.customer_id = i.customer_id AND c.id = i.cluster_id
+    LEFT JOIN nodes n ON n.customer_id = i.customer_id AND n.id = i.node_id
+    LEFT JOIN LATERAL (
+        SELECT * FROM agent_tasks t
+        WHERE t.customer_id = i.customer_id AND t.interruption_id = i.id AND t.task_type = 'drain_node'
+        ORDER BY t.created_at LIMIT 1
+    ) t ON true
+    LEFT JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
+    LEFT JOIN LATERAL (
+        SELECT * FROM launch_attempts a
+        WHERE a.customer_id = i.customer_id AND a.intent_id = l.id ORDER BY a.attempt_no DESC LIMIT 1
+    ) a ON true
+    WHERE i.customer_id = :customer_id AND i.received_at >= :since
+      AND (CAST(:cluster_id AS uuid) IS NULL OR i.cluster_id = :cluster_id)
+      AND (CAST(:interruption_id AS uuid) IS NULL OR i.id = :interruption_id)
+    ORDER BY i.received_at DESC, i.id LIMIT :limit
+"""
+
+_PRICED_NODES = """
     FROM nodes n
     JOIN clusters c ON c.customer_id = n.customer_id AND c.id = n.cluster_id
     LEFT JOIN on_demand_price od
@@ -385,13 +924,66 @@ LIVE_COST_SQL = """
         SELECT CASE n.node_type WHEN 'spot' THEN spot.price_usd_per_hour ELSE od.price_usd_per_hour END AS paid
     ) p
     WHERE n.customer_id = :customer_id AND n.terminated_at IS NULL AND c.status <> 'deleted'
+"""
+
+LIVE_COST_SQL = f"""
+    SELECT c.id AS cluster_id, c.cluster_name, n.node_type, n.instance_type, count(*) AS nodes,
+           count(p.paid) FILTER (WHERE od.price_usd_per_hour IS NOT NULL) AS priced,
+           sum(p.paid) FILTER (WHERE od.price_usd_per_hour IS NOT NULL) AS actual,
+           sum(od.price_usd_per_hour) FILTER (WHERE p.paid IS NOT NULL) AS b1
+    {_PRICED_NODES}
     GROUP BY c.id, c.cluster_name, n.node_type, n.instance_type
     ORDER BY actual DESC NULLS LAST, n.instance_type
+"""
+
+NODES_SQL = f"""
+    SELECT c.cluster_name, n.node_name, n.instance_id, n.instance_type, n.availability_zone, n.zone_id, n.node_type,
+           n.status, n.cpu_cores, n.memory_bytes, p.paid AS price_usd_per_hour,
+           od.price_usd_per_hour AS on_demand_usd_per_hour, n.created_at, n.ready_at, n.last_seen_at
+    {_PRICED_NODES}
+      AND (CAST(:cluster_id AS uuid) IS NULL OR n.cluster_id = :cluster_id)
+      AND (CAST(:node_type AS text) IS NULL OR n.node_type = :node_type)
+    ORDER BY p.paid DESC NULLS LAST, n.node_name
+"""
+
+COVERAGE_SQL = """
+    SELECT table_name, day, coalesce(c.expected, 0) AS expected, coalesce(c.present, 0) AS present,
+           coalesce(g.missing, 0) AS missing, coalesce(g.open, 0) AS open, coalesce(g.filling, 0) AS filling,
+           coalesce(g.filled, 0) AS filled, coalesce(g.unfillable, 0) AS unfillable
+    FROM (
+        SELECT table_name, CAST(left(partition_key, 10) AS date) AS day, sum(expected_points)::bigint AS expected,
+               sum(present_points)::bigint AS present
+        FROM partition_coverage WHERE left(partition_key, 10) >= :first AND {scope} GROUP BY 1, 2
+    ) c
+    FULL JOIN (
+        SELECT table_name, CAST(left(partition_key, 10) AS date) AS day,
+               (sum(missing_points) FILTER (WHERE state <> 'filled'))::bigint AS missing,
+               count(*) FILTER (WHERE state = 'open') AS open, count(*) FILTER (WHERE state = 'filling') AS filling,
+               count(*) FILTER (WHERE state = 'filled') AS filled,
+               count(*) FILTER (WHERE state = 'unfillable') AS unfillable
+        FROM data_gaps WHERE gap_start >= :since AND {scope} GROUP BY 1, 2
+    ) g USING (table_name, day)
+    ORDER BY table_name, day
+"""
+
+CLUSTERS_SQL = """
+    SELECT c.id, c.cluster_name, c.region, c.status, c.kill_switch, c.agent_version, c.last_seen_at,
+           count(n.id) AS nodes, count(n.id) FILTER (WHERE n.node_type = 'spot') AS spot_nodes,
+           count(n.id) FILTER (WHERE n.status <> 'ready') AS not_ready,
+           coalesce(sum(n.cpu_cores), 0) AS cpu_cores, coalesce(sum(n.memory_bytes), 0)::bigint AS memory_bytes
+    FROM clusters c
+    LEFT JOIN nodes n ON n.customer_id = c.customer_id AND n.cluster_id = c.id AND n.terminated_at IS NULL
+    WHERE c.customer_id = :customer_id AND c.status <> 'deleted'
+    GROUP BY c.id ORDER BY c.cluster_name
 """
 
 
 class LakeMissing(DataError):
     """There is no lake yet."""
+
+
+def _midnight(now: datetime) -> datetime:
+    return now.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def _hour(now: datetime) -> datetime:

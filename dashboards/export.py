@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from dashboards.auth import BaseHandler
+from dashboards.api import ApiError
+from dashboards.auth import BaseHandler, Login
 from dashboards.data import Data, DataError
 
 log = logging.getLogger("cloudoptim.dashboards")
@@ -56,7 +57,50 @@ FORMATS: dict[str, tuple[str, Callable[[pa.Table], bytes]]] = {
 }
 
 
-class DownloadHandler(BaseHandler):
+class FileHandler(BaseHandler):
+    """What the two kinds of files share."""
+
+    def say(self, status: int, message: str) -> None:
+        """Answer with one line instead of a file."""
+        self.set_status(status)
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(message)
+
+    def tenant(self) -> tuple[Login, UUID] | None:
+        """The login and its customer; None when an answer was given instead."""
+        login = self.logins.from_request(self.request)
+        if login is None:
+            self.redirect("/login")
+            return None
+        if login.customer_id is None:
+            self.say(404, "There is no customer to show; open a page first.")
+            return None
+        return login, login.customer_id
+
+
+class ReportHandler(FileHandler):
+    """GET /report/<month>.<format>: the control service's own report of a month, fetched in the person's name."""
+
+    async def get(self, month: str, kind: str) -> None:
+        """Hand the file on, or say in one line why there is none."""
+        if (known := self.tenant()) is None:
+            return
+        login, customer_id = known
+        try:
+            answer = await self.api.fetch(
+                login, "/reports/savings", customer_id=str(customer_id), month=month, format=kind
+            )
+        except ApiError as error:
+            log.warning("report %s.%s: %s", month, kind, error)
+            self.say(error.status or 503, str(error))
+            return
+        ending = "csv" if kind == "focus" else kind
+        self.set_header("Content-Type", answer.headers.get("Content-Type", "application/octet-stream"))
+        self.set_header("Content-Disposition", f'attachment; filename="cloudoptim-savings-{month}-{kind}.{ending}"')
+        await self.finish(answer.content)
+
+
+class DownloadHandler(FileHandler):
     """GET /download/<dataset>.<csv|parquet>: the page's rows, with the page's own parameters and the login's tenant."""
 
     def initialize(self, *, data: Data, exports: Mapping[str, Export], **shared: object) -> None:  # type: ignore[override]
@@ -66,32 +110,22 @@ class DownloadHandler(BaseHandler):
 
     async def get(self, dataset: str, kind: str) -> None:
         """Write the file, or say in one line why there is none."""
-        login = self.logins.from_request(self.request)
-        if login is None:
-            self.redirect("/login")
+        if (known := self.tenant()) is None:
             return
-        if login.customer_id is None:
-            self._say(404, "There is no customer to show; open a page first.")
-            return
+        _, customer_id = known
         export = self.exports.get(dataset)
         if export is None:
-            self._say(404, f"There is no download {dataset}; there are {', '.join(sorted(self.exports))}.")
+            self.say(404, f"There is no download {dataset}; there are {', '.join(sorted(self.exports))}.")
             return
         params = {name: self.get_query_argument(name) for name in self.request.query_arguments}
         content_type, encode = FORMATS[kind]
         try:
-            customer_id = login.customer_id
             body = await asyncio.to_thread(lambda: encode(export(self.data, customer_id, params)))
         except DataError as error:
             log.warning("download %s: %s", dataset, error)
-            self._say(503, f"{error.what}: {error.why}. What to do: {error.next_step}")
+            self.say(503, f"{error.what}: {error.why}. What to do: {error.next_step}")
             return
         name = f"cloudoptim-{dataset}-{datetime.now(UTC):%Y%m%dT%H%MZ}.{kind}"
         self.set_header("Content-Type", content_type)
         self.set_header("Content-Disposition", f'attachment; filename="{name}"')
         await self.finish(body)
-
-    def _say(self, status: int, message: str) -> None:
-        self.set_status(status)
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
-        self.finish(message)

@@ -8,7 +8,7 @@ background colours come from the page's theme in the browser; only the data's co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ from bokeh.models import (
     CrosshairTool,
     DataRange1d,
     DatetimeTickFormatter,
+    FactorRange,
     HoverTool,
     NumeralTickFormatter,
+    Range1d,
 )
 from bokeh.models.annotations import Span  # type: ignore[attr-defined]
 from bokeh.plotting import figure
@@ -36,9 +38,7 @@ HOUR_MS = 3_600_000
 
 
 def _time_ticks() -> DatetimeTickFormatter:
-    """Hours as 14:00 with the date below where it changes; days as 23 Nov."""
-    nothing: dict[str, Any] = dict.fromkeys(("days", "months", "years"), "")
-    date = DatetimeTickFormatter(minutes="%d %b", hourmin="%d %b", hours="%d %b", **nothing)
+    """Hours as 14:00 and midnight as the date; days as 23 Nov; months as Nov 2026."""
     return DatetimeTickFormatter(
         seconds="%H:%M:%S",
         minsec="%H:%M:%S",
@@ -47,9 +47,6 @@ def _time_ticks() -> DatetimeTickFormatter:
         hours="%H:%M",
         days="%d %b",
         months="%b %Y",
-        context=date,
-        context_which="start",
-        hide_repeats=True,
     )
 
 
@@ -62,7 +59,7 @@ def columns(data: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """Columns as Bokeh sends them best: numbers (decimals too) as one binary array with NaN for unknown, text as is."""
     made: dict[str, Any] = {}
     for name, values in data.items():
-        if any(isinstance(value, str) for value in values):
+        if any(isinstance(value, str | tuple) for value in values):
             made[name] = list(values)
         else:
             made[name] = np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
@@ -180,6 +177,159 @@ def ratio_line(data: ColumnDataSource, x: str, y: str, label: str, *, height: in
     return plot
 
 
-def now_ms(now: datetime) -> float:
-    """A time in Bokeh's unit."""
-    return now.astimezone(UTC).timestamp() * 1000
+def timelines(
+    steps: ColumnDataSource, spans: ColumnDataSource, rows: Sequence[str], *, deadline_seconds: float, height: int
+) -> figure:
+    """Interruptions as rows over the seconds since their notice, with a mark at each moment and the deadline.
+
+    Each row has a lane for the drain and one below it for the replacement: ``row`` is (name, offset). ``spans`` has
+    ``row``, ``start``, ``end``, ``color``; ``steps`` has ``row``, ``x``, ``what``, ``at``, ``color``, ``size``.
+    """
+    plot = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        tools="xbox_zoom,reset",
+        toolbar_location="right",
+        y_range=FactorRange(factors=list(reversed(rows))),
+        x_range=DataRange1d(start=-4, range_padding=0.04),
+        min_border_right=16,
+    )
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    plot.toolbar_inner = True
+    plot.outline_line_color = None
+    plot.background_fill_alpha = 0
+    plot.border_fill_alpha = 0
+    plot.ygrid.visible = False
+    plot.xaxis.axis_label = "seconds since the notice"
+    plot.add_layout(Span(location=deadline_seconds, dimension="height", line_color=BAD, line_width=2, line_dash=[6, 4]))
+    plot.hbar(
+        y="row", left="start", right="end", height=0.3, source=spans, color="color", fill_alpha=0.35, line_alpha=0
+    )
+    marks = plot.scatter(x="x", y="row", size="size", source=steps, color="color", line_color="white", line_width=1)
+    plot.add_tools(
+        HoverTool(
+            renderers=[marks],
+            tooltips=[("", "@what"), ("after the notice", "@x{0.0} s"), ("at (UTC)", "@at")],
+            point_policy="snap_to_data",
+        )
+    )
+    return plot
+
+
+def stacked_nodes(data: ColumnDataSource, *, height: int = 220) -> figure:
+    """Nodes over time, Spot below on-demand; ``data`` has ``ts``, ``spot``, ``on_demand``, ``total``."""
+    plot = time_figure(height=height, number_format="0")
+    plot.y_range = DataRange1d(start=0, range_padding=0.12)
+    plot.varea_step(x="ts", y1=0, y2="spot", source=data, step_mode="after", color=SPOT, alpha=0.85)
+    plot.varea_step(x="ts", y1="spot", y2="total", source=data, step_mode="after", color=ON_DEMAND, alpha=0.85)
+    line = plot.step(x="ts", y="total", source=data, mode="after", color=ON_DEMAND, line_width=1)
+    hover(
+        plot,
+        [line],
+        [
+            ("hour (UTC)", "@ts{%d %b %H:%M}"),
+            ("Spot", "@spot{0.0} nodes"),
+            ("on-demand", "@on_demand{0.0} nodes"),
+        ],
+        {"@ts": "datetime"},
+    )
+    crosshair(plot)
+    return plot
+
+
+def price_lines(
+    series: Mapping[str, ColumnDataSource], colors: Mapping[str, str], list_price: float | None, *, height: int = 340
+) -> figure:
+    """One stepped line per zone, and the on-demand price as a dashed one. Columns: ``ts``, ``price``, ``highest``."""
+    plot = time_figure(height=height, number_format="$0.0000")
+    for zone, data in series.items():
+        # The highest price of a bucket rises above its last one where a shock was shorter than the bucket.
+        plot.segment(x0="ts", x1="ts", y0="price", y1="highest", source=data, color=colors[zone], line_alpha=0.5)
+        line = plot.step(x="ts", y="price", source=data, mode="after", color=colors[zone], line_width=2)
+        plot.add_tools(
+            HoverTool(
+                renderers=[line],
+                tooltips=[
+                    ("zone", zone),
+                    ("from (UTC)", "@ts{%d %b %Y %H:%M}"),
+                    ("price", "@price{$0.0000}/h"),
+                ],
+                formatters={"@ts": "datetime"},
+                mode="mouse",
+                visible=False,
+            )
+        )
+    if list_price is not None:
+        plot.add_layout(
+            Span(location=list_price, dimension="width", line_color=BASELINE, line_width=2, line_dash=[5, 4])
+        )
+        # A layout is not part of the data: an invisible point keeps the line inside the figure.
+        first = next(iter(series.values()), None)
+        if first is not None and len(first.data["ts"]):
+            plot.scatter(x=[first.data["ts"][0]], y=[list_price], size=0)
+    crosshair(plot)
+    return plot
+
+
+def calendar(data: ColumnDataSource, tables: Sequence[str], *, first_ms: float, last_ms: float, height: int) -> figure:
+    """Days as squares, one row per table: the more is missing the darker. Columns: ``left``, ``right``, ``day``,
+    ``table``, ``color``, ``alpha``, ``gaps``, ``missing``, ``state``."""
+    plot = figure(
+        x_axis_type="datetime",
+        height=height,
+        sizing_mode="stretch_width",
+        tools="",
+        toolbar_location=None,
+        x_range=Range1d(start=first_ms, end=last_ms),
+        y_range=FactorRange(factors=list(reversed(tables)), range_padding=0.05),
+        min_border_right=16,
+    )
+    plot.outline_line_color = None
+    plot.background_fill_alpha = 0
+    plot.border_fill_alpha = 0
+    plot.grid.visible = False
+    plot.xaxis.formatter = _time_ticks()
+    cells = plot.hbar(
+        y="table", left="left", right="right", height=0.72, source=data, color="color", fill_alpha="alpha", line_alpha=0
+    )
+    plot.add_tools(
+        HoverTool(
+            renderers=[cells],
+            tooltips=[
+                ("table", "@table"),
+                ("day (UTC)", "@day{%d %b %Y}"),
+                ("gaps", "@gaps"),
+                ("missing points", "@missing{0,0}"),
+                ("state", "@state"),
+            ],
+            formatters={"@day": "datetime"},
+            point_policy="follow_mouse",
+        )
+    )
+    return plot
+
+
+def savings_bars(data: ColumnDataSource, *, height: int = 280) -> figure:
+    """Net savings of each day, negative ones below the line. Columns: ``left``, ``right``, ``day``, ``net``,
+    ``baseline``, ``actual``, ``gross``, ``coverage``, ``color``, ``alpha``, ``state``."""
+    plot = time_figure(height=height)
+    plot.add_layout(Span(location=0, dimension="width", line_color=BASELINE, line_alpha=0.7, line_width=1))
+    bars = plot.quad(
+        left="left", right="right", bottom=0, top="net", source=data, color="color", fill_alpha="alpha", line_alpha=0
+    )
+    hover(
+        plot,
+        [bars],
+        [
+            ("day (UTC)", "@day{%d %b %Y}"),
+            ("net savings", "@net{$0,0.00}"),
+            ("gross", "@gross{$0,0.00}"),
+            ("B1 list", "@baseline{$0,0.00}"),
+            ("cost", "@actual{$0,0.00}"),
+            ("covered", "@coverage{0%}"),
+            ("stage", "@state"),
+        ],
+        {"@day": "datetime"},
+    )
+    return plot

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import panel as pn
 import panel_material_ui as pmui
+import param
 from markupsafe import Markup
 
 from dashboards import components as ui
@@ -61,7 +62,8 @@ PAGE_SX = {
 }
 
 
-_ON_BAR = {"& .MuiSelect-select, & .MuiSvgIcon-root, & .MuiInputLabel-root": {"color": "text.primary"}}
+# The bar's own text colour is meant for a coloured bar.
+_ON_BAR = ".MuiInputBase-root, .MuiSelect-icon, .MuiInputLabel-root { color: inherit !important; }"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,7 @@ def _header(view: View, customers: list[Any]) -> list[Any]:
         width=200,
         margin=(4, 12),
         variant="outlined",
-        sx=_ON_BAR,
+        stylesheets=[_ON_BAR],
     )
 
     def change(event: Any) -> None:
@@ -249,3 +251,15 @@ def live(refresh: Callable[[], None], *, period_ms: int = REFRESH_MS) -> None:
 def heading(title: str, note: str | Markup = "") -> Any:
     """The page's own title."""
     return ui.html(Markup('<div class="title"><h1>{}</h1><p>{}</p></div>').format(title, note))
+
+
+def restore(state: param.Parameterized, names: dict[str, str]) -> None:
+    """Keep the state in the page's address; what an address cannot mean is left at its default."""
+    if pn.state.location is not None:
+        pn.state.location.sync(state, names, on_error=lambda _: None)
+
+
+def offer(state: param.Parameterized, name: str, values: list[Any]) -> None:
+    """Give a selector its options, which are known only with the data; the first one is chosen."""
+    state.param[name].objects = values
+    setattr(state, name, values[0])

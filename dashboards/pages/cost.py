@@ -17,7 +17,7 @@ from markupsafe import Markup
 from dashboards import components as ui
 from dashboards import plots
 from dashboards.data import CostHour, Data, LakeMissing, LiveCost, project, saved_share
-from dashboards.shell import View, heading, live
+from dashboards.shell import View, heading, live, offer, restore
 
 WINDOWS = {"48 hours": 48, "7 days": 168, "30 days": 720}
 ALL = "All clusters"
@@ -45,7 +45,7 @@ def build(view: View) -> Any:
             ),
         )
     chosen = CostFilter()
-    chosen.param.cluster.objects = [ALL, *clusters]
+    offer(chosen, "cluster", [ALL, *clusters])
     restore(chosen, {"cluster": "cluster", "window": "window"})
 
     head = heading("Cost", "All times UTC. Money in USD.")
@@ -104,17 +104,9 @@ def build(view: View) -> Any:
         ),
         figures,
         pn.Column(charts, nothing, sizing_mode="stretch_width", margin=0),
-        ui.row(
-            ui.card("By cluster", by_cluster, note="Now, and complete hours of the last 7 days."),
-            ui.card("By node type", by_type, note="Nodes running now at the newest known prices."),
-        ),
+        ui.card("By cluster", by_cluster, note="Now, and complete hours of the last 7 days."),
+        ui.card("By node type", by_type, note="Nodes running now at the newest known prices."),
     )
-
-
-def restore(state: param.Parameterized, names: dict[str, str]) -> None:
-    """Keep the state in the page's address; what an address cannot mean is left at its default."""
-    if pn.state.location is not None:
-        pn.state.location.sync(state, names, on_error=lambda _: None)
 
 
 def _hours(data: Data, customer_id: UUID, span: int, cluster_id: UUID | None) -> list[CostHour]:

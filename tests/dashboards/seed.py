@@ -31,6 +31,7 @@ from warehouse.postgres.models import (
     LaunchIntent,
     Node,
     OnDemandPrice,
+    PartitionCoverage,
     SavingsStatement,
     SpotPriceCurrent,
 )
@@ -82,7 +83,7 @@ class World:
 def seed(database_url: str, lake_root: Path | str, *, now: datetime | None = None, hours: int = 8 * 24) -> World:
     """Write the world; ``hours`` full hours of history end with the hour before ``now``."""
     now = now or datetime.now(UTC)
-    first = Fleet(new_id(), "Northwind Analytics")
+    first = Fleet(new_id(), "Acme Analytics")
     second = Fleet(new_id(), "Contoso Retail")
     db = SyncDatabase(database_url)
     try:
@@ -291,7 +292,7 @@ def fill_interruptions(conn: Any, now: datetime, fleet: Fleet) -> None:
 def fill_gaps(conn: Any, now: datetime, first: Fleet, second: Fleet) -> None:
     """Gaps of prices (nobody's), of the first customer's metrics, and of the second's."""
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (customer, table, series, back, hours, state) in enumerate(
         [
             (None, "spot_prices", f"{REGION}/m6i.large", 3, 24, "open"),
@@ -320,6 +321,35 @@ def fill_gaps(conn: Any, now: datetime, first: Fleet, second: Fleet) -> None:
             }
         )
     conn.execute(insert(DataGap), rows)
+    missing: dict[tuple[Any, str, str], int] = {}
+    for row in rows:
+        if row["state"] != "filled":
+            key = (row["customer_id"], row["table_name"], row["partition_key"])
+            missing[key] = missing.get(key, 0) + int(row["missing_points"])
+    coverage: list[dict[str, Any]] = []
+    for back in range(30):
+        start = day - timedelta(days=back)
+        for customer, table, series in (
+            (None, "spot_prices", REGION),
+            (first.id, "metric_5m", str(first.clusters["production"])),
+            (second.id, "metric_5m", str(second.clusters["shop"])),
+        ):
+            key = f"{start:%Y-%m-%d}|{REGION}" if table == "spot_prices" else f"{start:%Y-%m-%d}"
+            coverage.append(
+                {
+                    "table_name": table,
+                    "partition_key": key,
+                    "series": series,
+                    "customer_id": customer,
+                    "covered_from": start,
+                    "covered_until": start + timedelta(days=1),
+                    "expected_points": 1000,
+                    "present_points": 1000 - missing.get((customer, table, key), 0),
+                    "detail": {},
+                    "run_id": "seed",
+                }
+            )
+    conn.execute(insert(PartitionCoverage), coverage)
 
 
 def fill_statements(conn: Any, now: datetime, fleet: Fleet) -> None:
