@@ -74,6 +74,7 @@ class SandboxSettings(BaseSettings):
             pods=PodTiming(faster(pods.start_seconds), faster(pods.stop_seconds)),
             interruption_scale=self.interruption_scale,
             rebalance_lead_seconds=faster(plain.rebalance_lead_seconds),
+            spared_seconds=plain.spared_seconds / self.speed,
             notice_seconds=self.notice_seconds,
         )
 

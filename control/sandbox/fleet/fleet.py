@@ -57,8 +57,6 @@ PERSIST_SECONDS = 15.0
 INSTANCE_ACTION_ANNOTATION = "cloudoptim.io/imds-spot-instance-action"
 REBALANCE_ANNOTATION = "cloudoptim.io/imds-rebalance"
 _WORKLOAD_RESOURCES = {"Deployment": DEPLOYMENTS, "StatefulSet": STATEFUL_SETS, "DaemonSet": DAEMON_SETS}
-# An instance is left alone at first, as AWS rarely takes back what it has just given.
-GRACE_BEFORE_INTERRUPTION_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +81,8 @@ class FleetConfig:
     rebalance_lead_seconds: tuple[float, float] = (30.0, 240.0)
     false_alarm_share: float = 0.3
     """Rebalance recommendations that lead to nothing, per interruption."""
+    spared_seconds: float = 180.0
+    """How long a young instance is left alone, as AWS rarely takes back what it has just given."""
     notice_seconds: float = 120.0
 
 
@@ -356,7 +356,7 @@ class Fleet:
         moment = self._aws.market.now()
         planned = {instance_id for _, instance_id in self._planned}
         for instance in self._spot_nodes():
-            if instance.instance_id in planned or now - instance.launched_at < GRACE_BEFORE_INTERRUPTION_SECONDS:
+            if instance.instance_id in planned or now - instance.launched_at < self.config.spared_seconds:
                 continue
             pool = Pool(instance.region, instance.zone_id, instance.instance_type)
             try:

@@ -1,0 +1,74 @@
+"""What survives: a stop, a kill -9 and a restart on the same home; and interruptions drawn from the market."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.sandbox.fleet.harness import RunningSandbox, eventually, instance_of
+
+
+def picture(sandbox: RunningSandbox) -> dict[str, dict[str, tuple[str, str]]]:
+    """Per cluster: node name to uid and instance, pod name to uid and node."""
+    seen = {}
+    for cluster in ("shop-prod", "shop-staging", "analytics-prod"):
+        core = sandbox.core(cluster)
+        nodes = {n.metadata.name: (n.metadata.uid, instance_of(n)) for n in core.list_node().items}
+        pods = {
+            f"{p.metadata.namespace}/{p.metadata.name}": (p.metadata.uid, p.spec.node_name)
+            for p in core.list_pod_for_all_namespaces().items
+        }
+        seen[cluster] = nodes | pods
+    return seen
+
+
+def all_pods_run(sandbox: RunningSandbox) -> bool:
+    return all(
+        pod.status.phase == "Running"
+        for cluster in ("shop-prod", "shop-staging", "analytics-prod")
+        for pod in sandbox.core(cluster).list_pod_for_all_namespaces().items
+    )
+
+
+def test_a_restart_resumes_with_the_same_nodes_pods_and_ids(own_home: Path) -> None:
+    sandbox = RunningSandbox(own_home).start()
+    eventually(lambda: all_pods_run(sandbox))
+    before, addresses = picture(sandbox), sandbox.addresses
+    sandbox.stop()
+    assert not (own_home / "sandbox" / "addresses.json").exists()
+    sandbox.start()
+    assert picture(sandbox) == before
+    for old, new in zip(addresses["customers"], sandbox.addresses["customers"], strict=True):
+        same = ("customer_id", "account_id", "external_id", "role_arn")
+        assert {key: old[key] for key in same} == {key: new[key] for key in same}
+        assert [c["agent_key"] for c in old["clusters"]] == [c["agent_key"] for c in new["clusters"]]
+        assert [c["k8s_endpoint"] for c in old["clusters"]] == [c["k8s_endpoint"] for c in new["clusters"]]
+    sandbox.stop()
+
+
+def test_kill_9_during_an_interruption_ends_where_it_would_have_ended(own_home: Path) -> None:
+    sandbox = RunningSandbox(own_home).start()
+    eventually(lambda: all_pods_run(sandbox))
+    told = sandbox.control("POST", "/_sandbox/fleet/interrupt", {"cluster": "shop-prod", "notice_seconds": 2}).json()
+    victim = told["interrupted"][0]["instance_id"]
+    sandbox.kill()
+    sandbox.start()
+    eventually(lambda: victim not in sandbox.running_instances("shop-prod"))
+    nodes = lambda: {instance_of(n) for n in sandbox.core("shop-prod").list_node().items}  # noqa: E731
+    eventually(lambda: victim not in nodes(), 40)
+    assert nodes() == set(sandbox.running_instances("shop-prod"))
+    eventually(lambda: all_pods_run(sandbox), 40)
+    sandbox.stop()
+
+
+def test_interruptions_are_drawn_and_some_are_announced_by_a_recommendation(own_home: Path) -> None:
+    sandbox = RunningSandbox(own_home, CLOUDOPTIM_SANDBOX_INTERRUPTION_SCALE="3e6", CLOUDOPTIM_SANDBOX_SPEED="60")
+    sandbox.start()
+    kinds: list[str] = []
+
+    def both() -> bool:
+        for cluster in ("shop-prod", "analytics-prod"):
+            kinds.extend(message["detail-type"] for message in sandbox.messages(cluster))
+        return {"EC2 Spot Instance Interruption Warning", "EC2 Instance Rebalance Recommendation"} <= set(kinds)
+
+    eventually(both, 60)
+    sandbox.stop()
