@@ -1,0 +1,110 @@
+"""The whole product started by one command, as a new user starts it, measured against the milestone's bars."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import psycopg
+import pytest
+import redis
+
+from control.supervisor.sweep import processes_of
+from tests.control.supervisor.harness import STOP_SECONDS, environment, runs_in
+
+LATER_START_SECONDS = 45
+IDLE_MEMORY_MB = 2200
+
+PROCESSES = {
+    *("postgres", "redis", "sandbox", "control", "worker", "dashboards"),
+    *("dagster-code", "dagster-web", "dagster-daemon"),
+}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A started product, and afterwards its stop and second start in the same home."""
+    with runs_in(tmp_path_factory.mktemp("up")) as start:
+        yield start().until_ready(), start
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(400)
+def test_everything_starts_answers_stops_and_resumes(running):
+    run, start = running
+    addresses = run.addresses
+    assert stat.S_IMODE((run.home / "run" / "addresses.json").stat().st_mode) == 0o600
+    assert set(addresses["addresses"]) == {"control", "dagster", "dashboards", "postgres", "redis", "aws", "lake"}
+    for name in ("control", "dagster", "dashboards"):
+        assert httpx.get(addresses["addresses"][name] + ("/readyz" if name == "control" else "/")).status_code < 400
+    with redis.Redis.from_url(addresses["addresses"]["redis"]) as client:
+        assert client.ping()
+
+    clusters = [c for customer in addresses["sandbox"]["customers"] for c in customer["clusters"]]
+    assert (len(addresses["sandbox"]["customers"]), len(clusters)) == (2, 3)
+    for cluster in clusters:
+        assert {"cluster_id", "cluster_name", "region", "k8s_endpoint", "agent_key"} <= set(cluster)
+    for customer in addresses["sandbox"]["customers"]:
+        assert {"customer_id", "company_name", "account_id", "role_arn", "external_id", "queue_url"} <= set(customer)
+    assert set(addresses["processes"]) == PROCESSES | {f"agent-{c['cluster_name']}" for c in clusters}
+    for process in addresses["processes"].values():
+        os.kill(process["pid"], 0)
+
+    api = httpx.Client(
+        base_url=addresses["addresses"]["control"] + "/api/v1",
+        headers={"Authorization": f"Bearer {addresses['admin_api_key']}", "X-API-Key": addresses["admin_api_key"]},
+    )
+    with api:
+        assert api.get("/clusters").status_code == 200
+
+    # All of it listens on loopback only.
+    loopback = {"127.0.0.1", "::1"}
+    listening = {
+        connection.laddr.ip
+        for process in processes_of(run.home)
+        for connection in process.net_connections("inet")
+        if connection.status == "LISTEN"
+    }
+    assert listening <= loopback
+
+    # The worker is mended after a kill.
+    worker = addresses["processes"]["worker"]["pid"]
+    os.kill(worker, signal.SIGKILL)
+    run.until(lambda: run.addresses["processes"].get("worker", {}).get("pid") not in {None, worker}, 30)
+    assert "worker ended (terminated by SIGKILL)" in run.text
+
+    footprint = subprocess.run(
+        [sys.executable, "-m", "control.supervisor.footprint", "--seconds", "5"],
+        env=environment(run.home),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    memory_mb = int(footprint.splitlines()[-1].split()[-2])
+    print(footprint)  # noqa: T201
+    assert memory_mb <= IDLE_MEMORY_MB, footprint
+
+    assert run.stop() < STOP_SECONDS
+    assert processes_of(run.home) == []
+    assert not (run.home / "run" / "addresses.json").exists()
+    for url in (addresses["addresses"][name] for name in ("control", "dagster", "dashboards", "aws")):
+        with socket.socket() as probe:
+            assert probe.connect_ex((urlsplit(url).hostname, urlsplit(url).port)) != 0
+
+    began = time.monotonic()
+    again = start().until_ready()
+    took = time.monotonic() - began
+    print(f"second start: {took:.1f} s")  # noqa: T201
+    assert took <= LATER_START_SECONDS, again.text
+    assert again.addresses["addresses"] == addresses["addresses"]
+    assert again.addresses["sandbox"]["customers"] == addresses["sandbox"]["customers"]
+    assert again.addresses["admin_api_key"] == addresses["admin_api_key"]
+    with psycopg.connect(again.addresses["addresses"]["postgres"]) as connection:
+        assert connection.execute("SELECT count(*) FROM clusters").fetchone() == (3,)
+    assert again.stop() < STOP_SECONDS
+    assert processes_of(run.home) == []
