@@ -10,6 +10,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from control.bus.bells import Bells
+from control.gateways.aws import AwsGateway
 from control.security.keys import pepper_of
 from control.security.limits import Limiter
 from control.security.tokens import Tokens
@@ -37,6 +38,7 @@ class AppContext:
     tokens: Tokens
     codec: Codec
     pepper: bytes
+    aws: AwsGateway
     broker: Any = None
     authenticator: Authenticator = field(init=False)
     ingest: Ingest = field(init=False)
@@ -55,6 +57,7 @@ def build(settings: Settings) -> AppContext:
         tokens=Tokens(settings.jwt_secret_key.get_secret_value()),
         codec=Codec(settings.master_key.get_secret_value()),
         pepper=pepper_of(settings),
+        aws=AwsGateway(endpoint_url=settings.aws_endpoint_url, region=settings.aws_region),
     )
 
 

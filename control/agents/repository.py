@@ -136,6 +136,7 @@ _LEASE = text("""
               OR t.lease_until <= now()
               OR (t.leased_by = :agent
                   AND t.lease_until <= now() + make_interval(secs => :lease_seconds - :reoffer_seconds)
+                  AND t.id <> ALL(:holding)
                   AND NOT EXISTS (SELECT FROM task_reports r
                                   WHERE r.task_id = t.id AND r.lease_epoch = t.lease_epoch))
           )
@@ -157,12 +158,20 @@ _LEASE = text("""
 
 
 async def lease_tasks(
-    conn: AsyncConnection, *, cluster_id: UUID, agent: str, limit: int, understands: Sequence[str]
+    conn: AsyncConnection,
+    *,
+    cluster_id: UUID,
+    agent: str,
+    limit: int,
+    understands: Sequence[str],
+    reoffer_seconds: float = REOFFER_OWN_LEASE_SECONDS,
+    holding: Sequence[UUID] = (),
 ) -> list[OptimizationTask]:
     """Lease up to ``limit`` tasks of a cluster for one agent, the earliest deadline first.
 
     Never returns a task past its deadline or of a type the agent does not understand. A live lease of the same agent
-    that it never reported on is returned again under the same epoch; any other lease adds one to the epoch.
+    that it never reported on is returned again under the same epoch when it is older than ``reoffer_seconds`` and not
+    among those the agent says it is ``holding``; any other lease adds one to the epoch.
     """
     result = await conn.execute(
         _LEASE,
@@ -173,7 +182,8 @@ async def lease_tasks(
             "understands": list(understands),
             "harmless": list(HARMLESS_TASKS),
             "lease_seconds": LEASE_SECONDS,
-            "reoffer_seconds": REOFFER_OWN_LEASE_SECONDS,
+            "reoffer_seconds": reoffer_seconds,
+            "holding": list(holding),
         },
     )
     rows = sorted(result.all(), key=lambda row: (row.deadline_at is None, row.deadline_at, row.priority, row.id))
@@ -353,3 +363,60 @@ async def expire_overdue_tasks(conn: AsyncConnection, *, limit: int = 1000) -> l
     A holder that keeps its lease alive by reporting may finish late: its end is reported, not guessed.
     """
     return [MovedTask(*row) for row in await conn.execute(_EXPIRE, {"limit": limit})]
+
+
+_WITH_WORK = text("""
+    SELECT DISTINCT cluster_id FROM agent_tasks
+    WHERE cluster_id = ANY(:clusters) AND state IN ('queued', 'leased')
+      AND (deadline_at IS NULL OR deadline_at > now())
+      AND (state = 'queued' OR lease_until <= now()
+           OR lease_until <= now() + make_interval(secs => :lease_seconds - :reoffer_seconds))
+""")
+
+
+async def clusters_with_work(conn: AsyncConnection, clusters: Sequence[UUID]) -> list[UUID]:
+    """Those of the clusters whose agents should ask now."""
+    result = await conn.execute(
+        _WITH_WORK,
+        {
+            "clusters": list(clusters),
+            "lease_seconds": LEASE_SECONDS,
+            "reoffer_seconds": REOFFER_OWN_LEASE_SECONDS,
+        },
+    )
+    return list(result.scalars())
+
+
+async def lately_revoked_keys(conn: AsyncConnection) -> frozenset[UUID]:
+    """Keys revoked within the last minutes: long enough for every open socket to have asked."""
+    result = await conn.execute(text("SELECT id FROM api_keys WHERE revoked_at > now() - interval '5 minutes'"))
+    return frozenset(result.scalars())
+
+
+_SEEN = text("""
+    UPDATE clusters
+    SET last_seen_at = now(),
+        status = CASE WHEN status IN ('pending', 'away') THEN 'active' ELSE status END,
+        agent_understands = CAST(:understands AS jsonb),
+        agent_version = coalesce(:version, agent_version)
+    WHERE id = :cluster_id AND status <> 'deleted'
+    RETURNING region
+""")
+
+
+async def agent_seen(
+    conn: AsyncConnection, *, cluster_id: UUID, understands: Sequence[str], version: str | None
+) -> str | None:
+    """Note that a cluster's agent asked, and what it understands; returns the region, None for no such cluster."""
+    result = await conn.execute(
+        _SEEN, {"cluster_id": cluster_id, "understands": json.dumps(list(understands)), "version": version}
+    )
+    return result.scalar_one_or_none()
+
+
+async def cluster_region(conn: AsyncConnection, cluster_id: UUID) -> str | None:
+    """Region of a cluster that is not deleted."""
+    result = await conn.execute(
+        text("SELECT region FROM clusters WHERE id = :id AND status <> 'deleted'"), {"id": cluster_id}
+    )
+    return result.scalar_one_or_none()

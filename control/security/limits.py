@@ -71,7 +71,7 @@ class Limiter:
 
     async def close(self) -> None:
         """Close the connection to Redis."""
-        await self._storage.bridge.get_connection().aclose()
+        await self._storage.bridge.get_connection().aclose()  # type: ignore[attr-defined]
 
 
 def parse_limit(text: str) -> RateLimitItem | None:

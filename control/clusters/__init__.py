@@ -1,0 +1,1 @@
+"""Clusters: registration, state, nodes, events, cost and the kill switch."""

@@ -1,0 +1,1 @@
+"""Customers: onboarding, verification of their AWS role, configuration."""

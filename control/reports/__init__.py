@@ -1,0 +1,1 @@
+"""Savings reports as JSON, CSV, Parquet, HTML and FOCUS."""

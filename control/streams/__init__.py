@@ -1,0 +1,1 @@
+"""WebSockets: tasks pushed to agents, live figures pushed to dashboards."""
