@@ -1,0 +1,82 @@
+"""A worker killed with SIGKILL at any point changes nothing about the outcome (RELIABILITY §2.4)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from control.sandbox.aws.faults import Fault
+from tests.control.interruptions.harness import Stage
+
+# (action, when) of the kill, and the point of §2.4 it reaches.
+POINTS = (
+    ("ReceiveMessage", "answered", "C-02 received, nothing committed"),
+    ("DeleteMessageBatch", "before", "C-04 committed, not deleted"),
+    ("DeleteMessageBatch", "applied", "C-05 deleted, nothing else done"),
+    ("DescribeSubnets", "before", "C-08 planned, no call made"),
+    ("RunInstances", "before", "C-08 attempt committed, no instance"),
+    ("RunInstances", "applied", "C-09 instance running, answer lost"),
+    ("RunInstances", "answered", "C-09 answered, not recorded"),
+)
+
+
+async def test_the_outcome_is_the_same_wherever_the_worker_is_killed(stage: Stage) -> None:
+    for action, moment, _ in POINTS:
+        (instance,) = await stage.launch_nodes()
+        worker = stage.start_worker()
+        fault = Fault("signal", action=action, pid=worker.pid, moment=moment)  # type: ignore[arg-type]
+        if action == "ReceiveMessage":
+            # The poll that brings the message, not an empty one before it.
+            stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+            stage.aws.inject(fault)
+        else:
+            stage.aws.inject(fault)
+            stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+        if action == "DescribeSubnets":
+            # Templates are kept, so only an instance of an unknown group is looked up.
+            await stage.tenant.rows("DELETE FROM launch_templates RETURNING 1")
+        await asyncio.wait_for(asyncio.to_thread(worker.wait), 30)
+        stage.aws.clear_faults()
+    stage.start_worker()
+    rows = await stage.closed(len(POINTS), 90)
+
+    assert Counter(row.outcome for row in rows) == {"handled": len(POINTS)}, [(r.outcome, r.reason) for r in rows]
+    assert len(stage.ours()) == len(POINTS)
+    assert len({instance.client_token for instance in stage.ours()}) <= len(POINTS)
+    assert await exactly_one_of_everything(stage) == []
+
+
+async def exactly_one_of_everything(stage: Stage) -> list[str]:
+    """What breaks an invariant of RELIABILITY §2.3, in words."""
+    broken: list[str] = []
+    checks = {
+        "interruption without exactly one drain": """
+            SELECT i.id FROM interruptions i LEFT JOIN agent_tasks t ON t.interruption_id = i.id
+            WHERE i.customer_id = :customer_id GROUP BY i.id HAVING count(t.id) <> 1""",
+        "interruption without exactly one Ready replacement": """
+            SELECT i.id FROM interruptions i JOIN launch_intents l ON l.interruption_id = i.id
+            LEFT JOIN launch_attempts a ON a.intent_id = l.id AND a.state = 'ready'
+            WHERE i.customer_id = :customer_id GROUP BY i.id HAVING count(a.id) <> 1""",
+        "history with a hole": """
+            SELECT i.id FROM interruptions i JOIN interruption_history h ON h.interruption_id = i.id
+            WHERE i.customer_id = :customer_id GROUP BY i.id, i.version
+            HAVING count(*) <> i.version OR max(h.version) <> i.version""",
+        "instance in two attempts": """
+            SELECT instance_id FROM launch_attempts WHERE customer_id = :customer_id AND instance_id IS NOT NULL
+            GROUP BY instance_id HAVING count(*) > 1""",
+        "message neither handled nor in quarantine": """
+            SELECT dedupe_key FROM inbox_messages WHERE customer_id = :customer_id AND outcome = 'waiting'""",
+    }
+    for what, sql in checks.items():
+        if rows := await stage.tenant.rows(sql):
+            broken.append(f"{what}: {rows}")
+    known = {
+        row.instance_id
+        for row in await stage.tenant.rows(
+            "SELECT instance_id FROM launch_attempts WHERE customer_id = :customer_id AND state = 'ready'"
+        )
+    }
+    alive = {instance.instance_id for instance in stage.ours(alive=True)}
+    if alive != known:
+        broken.append(f"instances alive {alive} are not the recorded ones {known}")
+    return broken
