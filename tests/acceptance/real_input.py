@@ -115,6 +115,7 @@ def run(prices: Path, database_url: str, folder: Path) -> dict[str, Any]:
             instance=instance,
             resources={"warehouse": warehouse},
             tags=range_tags(first, last),
+            run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}},
         )
         assert result.success
 

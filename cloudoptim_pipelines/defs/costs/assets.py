@@ -62,7 +62,7 @@ def compute(
         for part in (chunk for days in days_of(context.partition_keys) for chunk in days.chunks(CHUNK_DAYS)):
             with partition_locks(warehouse.database, table, [day.isoformat() for day in part.days()]):
                 staged = stage_days(reader.pin(), part)
-                release = warehouse.publish([staged], context.run_id)
+                release = warehouse.publish([staged], context.run.run_id)
             rows += staged.rows
             partitions += len(part.days())
             release_id = release.id

@@ -122,7 +122,7 @@ def _replace(
                     all_customers=True,
                 )
                 frame = merge(existing, fresh, [key])
-                warehouse.publish([PartitionWrite(table, {"day": days.days()}, frame)], context.run_id)
+                warehouse.publish([PartitionWrite(table, {"day": days.days()}, frame)], context.run.run_id)
             rows += frame.height
     finally:
         reader.close()

@@ -64,7 +64,7 @@ def data_gaps(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.Mat
         with warehouse.database.system() as connection:
             rows = [tuple(row) for row in connection.execute(_GAPS)]
         frame = pl.DataFrame(rows, schema=_LEDGER, orient="row")
-        warehouse.publish([PartitionWrite("gap_ledger", {"day": ALL}, frame)], context.run_id)
+        warehouse.publish([PartitionWrite("gap_ledger", {"day": ALL}, frame)], context.run.run_id)
     return dg.MaterializeResult(
         metadata={"dagster/row_count": frame.height, **{f"open_{table}": count for table, count in found.items()}}
     )

@@ -78,7 +78,7 @@ def lake_maintenance(context: dg.AssetExecutionContext, warehouse: Warehouse) ->
     reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
     try:
         compacted = sum(
-            len(compact(warehouse.lake, reader, table, run_id=context.run_id, code_version=code_version()))
+            len(compact(warehouse.lake, reader, table, run_id=context.run.run_id, code_version=code_version()))
             for table in COMPACTED
         )
     finally:

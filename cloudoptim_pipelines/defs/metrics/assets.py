@@ -45,7 +45,7 @@ def metric_5m(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.Mat
     try:
         for day in (day for days in days_of(context.partition_keys) for day in days.days()):
             with coverage.partition_locks(warehouse.database, TABLE, [day.isoformat()]):
-                frame, made_up = _replace_day(warehouse, reader, day, context.run_id, fill_id)
+                frame, made_up = _replace_day(warehouse, reader, day, context.run.run_id, fill_id)
             rows += frame.height
             filled += made_up
     finally:

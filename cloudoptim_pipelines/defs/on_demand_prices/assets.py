@@ -56,7 +56,7 @@ def on_demand_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) ->
             listed = _fetch(warehouse, region)
             fetched += listed.height
             for days in ranges:
-                rows += _replace(warehouse, reader, region, days, listed, context.run_id)
+                rows += _replace(warehouse, reader, region, days, listed, context.run.run_id)
             _update_current(warehouse, region, listed)
     finally:
         reader.close()

@@ -63,7 +63,7 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
     try:
         for region, ranges in ranges_by_region(context.partition_keys).items():
             for part in (chunk for days in ranges for chunk in days.chunks(CHUNK_DAYS)):
-                outcome = _ingest(warehouse, reader, region, part, context.run_id)
+                outcome = _ingest(warehouse, reader, region, part, context.run.run_id)
                 total.add(outcome)
                 context.log.info(f"{region} {part.first}..{part.last}: {outcome.totals['rows']} rows")
     finally:
