@@ -6,9 +6,10 @@ The model (docs/market.md has the fit and how good it is). For a pool p the log 
 
 with the factors market, family, family-and-zone, type and the pool itself. `regime_f` is a level that jumps at random
 and is approached exponentially (a first-order lag): regime shifts. `noise_f` is an Ornstein-Uhlenbeck process: mean
-reversion. Prices are published at random change times, hourly chance `q_p`, rounded to four decimals and kept between a
-floor and the on-demand price, which is how AWS publishes them. Noise comes from a counter-based generator
-keyed by (seed, factor, block), so a block of 32 days follows from its own noise and a fixed burn-in before it.
+reversion. Prices are published once per slot of the pool's own length, at a random second of it, rounded to four
+decimals and kept between a floor and the on-demand price, which is how AWS publishes them. Noise comes from a
+counter-based generator keyed by (seed, factor, block), so a block of 32 days follows from its own noise and a fixed
+burn-in before it.
 """
 
 import hashlib
@@ -31,8 +32,8 @@ FACTORS = ("market", "family", "family_zone", "type", "pool")
 STEP_HOURS = 3
 BLOCK_DAYS = 32
 STEPS_PER_BLOCK = BLOCK_DAYS * 24 // STEP_HOURS
-HOURS_PER_BLOCK = BLOCK_DAYS * 24
-BLOCK_US = BLOCK_DAYS * 86_400_000_000
+BLOCK_SECONDS = BLOCK_DAYS * 86_400
+BLOCK_US = BLOCK_SECONDS * 1_000_000
 BURN_IN_TIME_CONSTANTS = 8
 """exp(-8) = 0.03 % of a standard deviation is what two blocks disagree by at their border: under a tick."""
 
@@ -75,10 +76,10 @@ class Parameters:
         default_factory=lambda: {"market": 0.10, "family": 0.05, "family_zone": 0.05, "type": 0.10, "pool": 0.70}
     )
     """Variance shares of the factors in the noise part; they sum to 1."""
-    change_rate_per_hour_median: float = 0.16
-    """Median over pools of the hourly chance that a price is published."""
-    change_rate_log_sd: float = 0.5
-    """Spread of that rate between pools (log units)."""
+    publish_every_hours_median: float = 9.0
+    """Median over pools of the time between publications; a published price may round to the one before."""
+    publish_every_log_sd: float = 0.4
+    """Spread of that time between pools (log units)."""
     floor_ratio: float = 0.27
     """Lowest Spot / on-demand."""
     region_level: dict[str, float] = field(default_factory=dict)
@@ -138,6 +139,15 @@ def _uniforms(keys: npt.NDArray[np.uint64], block: int, count: int, stream: int)
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
+def _uniforms_at(keys: npt.NDArray[np.uint64], index: npt.NDArray[np.int64], stream: int) -> npt.NDArray[np.float64]:
+    """One uniform per pair of key and index."""
+    with np.errstate(over="ignore"):
+        salt = (index.astype(np.uint64) * np.uint64(64) + np.uint64(stream)) * _GOLDEN
+        bits = _mixed(_mixed(keys + salt) + _GOLDEN)
+    result: npt.NDArray[np.float64] = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return result
+
+
 def _normals(keys: npt.NDArray[np.uint64], block: int, count: int, stream: int) -> npt.NDArray[np.float64]:
     """`count` standard normals per key by Box and Muller (scipy would cost seconds of start-up)."""
     draws = _uniforms(keys, block, 2 * count, stream)
@@ -170,6 +180,10 @@ class _Block:
     ) -> None:
         self.pool, self.at, self.usd, self.x_grid = pool, at, usd, x_grid
         self.offsets = np.searchsorted(pool, np.arange(pools + 1))
+
+
+_RECENT_KEPT = 4
+_Published = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
 
 class _Region:
@@ -206,9 +220,14 @@ class _Region:
             + np.array([level.spread_between_types for level in family]) * type_normal[:, 0]
             + parameters.pool_spread * own_normal[:, 0]
         )
-        self.change_rate = np.minimum(
-            0.95, parameters.change_rate_per_hour_median * np.exp(parameters.change_rate_log_sd * own_normal[:, 1])
-        )
+        self.publish_every_seconds = np.round(
+            np.clip(
+                parameters.publish_every_hours_median * np.exp(parameters.publish_every_log_sd * own_normal[:, 1]),
+                1.0,
+                96.0,
+            )
+            * 3600.0
+        ).astype(np.int64)
         shares = np.cumsum(parameters.hazard_per_month_shares) / np.sum(parameters.hazard_per_month_shares)
         bucket = np.minimum(np.searchsorted(shares, own[:, 0]), 4)
         low, high = np.array([0.005, 0.05, 0.10, 0.15, 0.20]), np.array([0.05, 0.10, 0.15, 0.20, 0.45])
@@ -241,6 +260,7 @@ class GeneratedMarket:
         self._regions = {name: _Region(name, seed, self.parameters, self.catalogue) for name in REGIONS}
         self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()
         self._blocks_kept = blocks_kept
+        self._recent: OrderedDict[tuple[str, int], _Published] = OrderedDict()
         self._lock = threading.Lock()
 
     def now(self) -> datetime:
@@ -363,23 +383,35 @@ class GeneratedMarket:
         return block
 
     def _generate(self, region: _Region, number: int) -> _Block:
-        x = region.mean[:, None] + self._deviation(region, number)
-        pool, at, usd = self._publish(region, number, x)
+        x, pool, at, usd = self._published(region, number)
         # a record that repeats the price in force is no change; the price in force at the start comes from the
         # last time the block before published, computed from that block's own noise
         before = self._last_of(region, number - 1)
         first_of_pool = np.r_[True, pool[1:] != pool[:-1]] if len(pool) else np.zeros(0, bool)
         previous = np.where(first_of_pool, before[pool], np.r_[np.nan, usd[:-1]] if len(usd) else usd)
         keep = usd != previous
-        return _Block(pool[keep], at[keep], usd[keep], x.astype(np.float32), len(region.pools))
+        return _Block(pool[keep], at[keep], usd[keep], x, len(region.pools))
+
+    def _published(self, region: _Region, number: int) -> _Published:
+        """x on the grid and everything published in a block; kept shortly, since the block after it asks again."""
+        key = (region.name, number)
+        with self._lock:
+            found = self._recent.get(key)
+        if found is None:
+            x = region.mean[:, None] + self._deviation(region, number)
+            found = (x.astype(np.float32), *self._publish(region, number, x))
+            with self._lock:
+                self._recent[key] = found
+                while len(self._recent) > _RECENT_KEPT:
+                    self._recent.popitem(last=False)
+        return found
 
     def _last_of(self, region: _Region, number: int) -> npt.NDArray[np.float64]:
         with self._lock:
             cached = self._blocks.get((region.name, number))
         if cached is not None and (np.diff(cached.offsets) > 0).all():
             return cached.usd[cached.offsets[1:] - 1]
-        x = region.mean[:, None] + self._deviation(region, number)
-        pool, _, usd = self._publish(region, number, x)
+        _, pool, _, usd = self._published(region, number)
         last = np.full(len(region.pools), np.nan)
         last[pool] = usd  # later assignments win, and records are in time order within a pool
         return last
@@ -388,18 +420,24 @@ class GeneratedMarket:
         self, region: _Region, number: int, x: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         keys, inverse = region.sources["pool"]
-        draws = _uniforms(keys, number, 2 * HOURS_PER_BLOCK, stream=3)[inverse]
-        happens = draws[:, :HOURS_PER_BLOCK] < region.change_rate[:, None]
-        pool, hour = np.nonzero(happens)
-        second = np.floor(draws[pool, HOURS_PER_BLOCK + hour] * 3600.0)
-        position = (hour * 3600.0 + second) / (STEP_HOURS * 3600.0)
+        # one publication per slot of the pool's own length, at a random second of it: more regular than a Poisson
+        # process, which is how the recorded prices behave (the share of changed prices grows linearly with time)
+        every = region.publish_every_seconds
+        begin, end = number * BLOCK_SECONDS, (number + 1) * BLOCK_SECONDS
+        first_slot = begin // every
+        slots = end // every - first_slot + 1
+        pool = np.repeat(np.arange(len(every)), slots)
+        slot = np.arange(len(pool)) - np.repeat(np.cumsum(slots) - slots, slots) + first_slot[pool]
+        second = ((slot + _uniforms_at(keys[inverse][pool], slot, stream=3)) * every[pool]).astype(np.int64)
+        inside = (second >= begin) & (second < end)
+        pool, second = pool[inside], second[inside]
+        position = (second - begin) / (STEP_HOURS * 3600.0)
         left = position.astype(np.int64)
         weight = position - left
         value = x[pool, left] * (1.0 - weight) + x[pool, left + 1] * weight
         ratio = np.clip(np.exp(value), self.parameters.floor_ratio, 1.0)
         usd = np.maximum(0.0001, np.round(ratio * region.on_demand[pool], 4))
-        at = number * BLOCK_US + (hour * 3600 + second.astype(np.int64)) * 1_000_000
-        return pool.astype(np.int32), at.astype(np.int64), usd
+        return pool.astype(np.int32), second * 1_000_000, usd
 
     def _deviation(self, region: _Region, number: int) -> npt.NDArray[np.float64]:
         """x minus its mean on the 3-hour grid of one block, one step beyond its end included; pools by steps."""
