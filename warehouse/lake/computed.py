@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.dataset as pads
 
 from warehouse.lake.errors import LakeDataError
@@ -114,7 +115,9 @@ def stage_model(
     spec = lake.spec(model.table)
     if model.keys != spec.keys:
         raise LakeDataError(f"model {model.name} says keys {model.keys}, but table {spec.name} has {spec.keys}")
-    with snapshot.stream(model.sql, parameters, all_customers=True, inputs=inputs) as rows:
+    order = ", ".join(f'"{name}"' for name in spec.sort_by)
+    ordered = f"SELECT * FROM ({model.sql}\n) ORDER BY {order}"
+    with snapshot.stream(ordered, parameters, all_customers=True, inputs=inputs) as rows:
         staged = lake.stage(model.table, partition, rows)
     try:
         refuse_duplicates(lake, spec, staged)
@@ -148,23 +151,27 @@ def refuse_duplicates(lake: Lake, spec: TableSpec, staged: Staged) -> None:
     """
     if not staged.files:
         return
-    schema = spec.schema()
-    partitions = pads.partitioning(schema.empty_table().select(list(spec.partition_by)).schema, flavor="hive")
-    dataset = pads.dataset(
-        [lake.storage.path(staged.table, file.path) for file in staged.files],
-        filesystem=lake.storage.filesystem,
-        format="parquet",
-        partitioning=partitions,
-        partition_base_dir=lake.storage.path(staged.table),
-    )
+    files = [lake.storage.path(staged.table, file.path) for file in staged.files]
     keys = ", ".join(f'"{key}"' for key in spec.keys)
+    query = f"SELECT {keys}, count(*) FROM staged GROUP BY {keys} HAVING count(*) > 1 LIMIT 1"
     db = duckdb.connect(":memory:", config={"memory_limit": "1GB", "threads": 2})
     try:
         db.execute("SET TimeZone = 'UTC'")
-        db.register("staged", dataset)
-        twice = db.execute(
-            f"SELECT {keys}, count(*) FROM staged GROUP BY {keys} HAVING count(*) > 1 LIMIT 1"
-        ).fetchone()
+        if lake.storage.remote:
+            schema = spec.schema()
+            columns = pa.schema([schema.field(name) for name in spec.partition_by])
+            dataset = pads.dataset(
+                files,
+                filesystem=lake.storage.filesystem,
+                format="parquet",
+                partitioning=pads.partitioning(columns, flavor="hive"),
+                partition_base_dir=lake.storage.path(staged.table),
+            )
+            db.register("staged", dataset)
+            twice = db.execute(query).fetchone()
+        else:
+            listed = query.replace("FROM staged", "FROM read_parquet($files, hive_partitioning = true)")
+            twice = db.execute(listed, {"files": files}).fetchone()
     finally:
         db.close()
     if twice:

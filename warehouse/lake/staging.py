@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -195,8 +194,8 @@ class Conformer:
         self.spec = spec
         self.schema = schema
         self.scope = scope
+        self.file_schema = pa.schema([field for field in schema if field.name not in spec.partition_by])
         self._required = {column.name for column in spec.columns if column.required}
-        self._days = dict(scope.values).get("day")
 
     def check_names(self, given: pa.Schema) -> None:
         """Refuse unknown, doubled and missing columns before any row is read."""
@@ -224,18 +223,16 @@ class Conformer:
             self.scope.single(name) is not None or (name == "day" and self.spec.time_column is not None)
         )
 
-    def conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The batch in the table's columns, order and types, with partition columns filled in and checked.
+    def conform(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[str, pa.Array | str]]:
+        """The batch in the table's columns, order and types, and beside it its partition columns.
+
+        A partition column that has one value in the whole write is given as that value.
 
         Raises:
-            LakeDataError: a value does not fit its column's type, is null where it must not be, or lies outside the
-                replaced partitions.
+            LakeDataError: a value does not fit its column's type, or is null where it must not be.
         """
         columns = []
-        for field in self.schema:
-            if field.name in self.spec.partition_by:
-                columns.append(self._partition_column(field, batch))
-                continue
+        for field in self.file_schema:
             index = batch.schema.get_field_index(field.name)
             if index < 0:
                 columns.append(pa.nulls(batch.num_rows, field.type))
@@ -247,31 +244,32 @@ class Conformer:
                     f"{batch.num_rows} rows, and it is required; fill the value or drop the rows"
                 )
             columns.append(column)
-        conformed = pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        conformed = pa.RecordBatch.from_arrays(columns, schema=self.file_schema)
         self._check_source(conformed)
-        self._check_scope(conformed)
-        return conformed
+        return conformed, {name: self._partition_column(name, batch, conformed) for name in self.spec.partition_by}
 
-    def _partition_column(self, field: pa.Field, batch: pa.RecordBatch) -> pa.Array:
-        index = batch.schema.get_field_index(field.name)
+    def _partition_column(self, name: str, batch: pa.RecordBatch, conformed: pa.RecordBatch) -> pa.Array | str:
+        field = self.schema.field(name)
+        index = batch.schema.get_field_index(name)
         given = self._cast(field, batch.column(index)) if index >= 0 else None
+        if given is not None and given.null_count and given.null_count == len(given) and self._derived(name):
+            given = None
         if given is not None and given.null_count:
-            raise LakeDataError(f"table {self.spec.name}: partition column {field.name!r} is null in some rows")
-        if field.name == "day" and self.spec.time_column is not None:
-            time = self.spec.schema().field(self.spec.time_column)
-            at = batch.schema.get_field_index(time.name)
-            derived = self._cast(time, batch.column(at)).cast(pa.timestamp("us")).cast(pa.date32(), safe=False)
+            raise LakeDataError(f"table {self.spec.name}: partition column {name!r} is null in some rows")
+        if name == "day" and self.spec.time_column is not None:
+            time = conformed.column(self.spec.time_column)
+            derived = time.cast(pa.timestamp("us")).cast(pa.date32(), safe=False)
             if given is not None and not given.equals(derived):
                 raise LakeDataError(
-                    f"table {self.spec.name}: 'day' is not the UTC day of {time.name!r} in some rows; leave 'day' out, "
-                    "it is derived"
+                    f"table {self.spec.name}: 'day' is not the UTC day of {self.spec.time_column!r} in some rows; "
+                    "leave 'day' out, it is derived"
                 )
             return derived
         if given is not None:
             return given
-        value = self.scope.single(field.name)
+        value = self.scope.single(name)
         assert value is not None  # check_names let only such columns pass
-        return pa.repeat(pa.scalar(value).cast(field.type), batch.num_rows)
+        return value
 
     def _cast(self, field: pa.Field, column: pa.Array) -> pa.Array:
         given, wanted = column.type, field.type
@@ -292,18 +290,6 @@ class Conformer:
                 raise LakeDataError(
                     f"table {self.spec.name}: column 'source' holds {odd[0]!r}; it must be one of {', '.join(Source)}"
                 )
-
-    def _check_scope(self, batch: pa.RecordBatch) -> None:
-        for name, allowed in self.scope.values:
-            if allowed is None or not batch.num_rows:
-                continue
-            column = batch.column(name)
-            for value in pc.unique(column).to_pylist():
-                if partition_text(self.spec, name, value) not in allowed:
-                    raise LakeDataError(
-                        f"table {self.spec.name}: the data has {name}={value}, outside the replaced partition "
-                        f"{self.scope}; filter the data, or replace that partition too"
-                    )
 
 
 _SOURCES = frozenset(str(source) for source in Source)
@@ -357,6 +343,7 @@ class _Open:
     writer: pq.ParquetWriter
     metadata: list[pq.FileMetaData]
     waiting: list[pa.RecordBatch]
+    folder_made: bool
     waiting_rows: int = 0
     rows: int = 0
 
@@ -364,23 +351,29 @@ class _Open:
 class Stager:
     """Writes one table's rows into files, one or more for each partition that occurs."""
 
-    def __init__(self, storage: Storage, spec: TableSpec, schema: pa.Schema) -> None:
+    def __init__(self, storage: Storage, conformer: Conformer) -> None:
         self._storage = storage
-        self._spec = spec
-        self._file_schema = pa.schema([field for field in schema if field.name not in spec.partition_by])
+        self._conformer = conformer
+        self._spec = conformer.spec
+        self._scope = conformer.scope
+        self._file_schema = conformer.file_schema
         self._open: dict[tuple[str, ...], _Open] = {}
         self._done: list[StagedFile] = []
         self._buffered = 0
         self._written: list[str] = []
-        self._key_positions = [self._file_schema.get_field_index(name) for name in spec.sort_by if name != "day"]
-        self._key_names = [self._file_schema.names[index] for index in self._key_positions if index >= 0]
+        self._keys = [name for name in self._spec.sort_by if name in self._file_schema.names]
 
     def write(self, reader: Iterable[pa.RecordBatch]) -> list[StagedFile]:
-        """Write all batches (conformed to the table) and describe the files. On any error every file is deleted."""
+        """Write all batches and describe the files. On any error every file is deleted.
+
+        Raises:
+            LakeDataError: rows do not fit the table, or lie outside the replaced partitions.
+        """
         try:
             for batch in reader:
-                for part, rows in self._split(batch):
-                    self._add(part, rows)
+                if batch.num_rows:
+                    for part, rows in self._split(*self._conformer.conform(batch)):
+                        self._add(part, rows)
             for key in list(self._open):
                 self._close(key)
         except BaseException:
@@ -393,30 +386,38 @@ class Stager:
             raise
         return self._done
 
-    def _split(self, batch: pa.RecordBatch) -> Iterator[tuple[tuple[str, ...], pa.RecordBatch]]:
-        if not batch.num_rows:
-            return
-        codes = np.zeros(batch.num_rows, dtype=np.int64)
+    def _split(
+        self, data: pa.RecordBatch, partitions: dict[str, pa.Array | str]
+    ) -> Iterator[tuple[tuple[str, ...], pa.RecordBatch]]:
+        codes = None
         labels: list[list[str]] = []
-        for name in self._spec.partition_by:
-            encoded = batch.column(name).dictionary_encode()
-            values = encoded.dictionary.to_pylist()
-            labels.append([partition_text(self._spec, name, value) for value in values])
-            codes = codes * len(values) + encoded.indices.to_numpy(zero_copy_only=False)
-        data = batch.select(self._file_schema.names)
+        for name, column in partitions.items():
+            if isinstance(column, str):
+                labels.append([column])
+                continue
+            low, high = pc.min_max(column).values()
+            if low == high:
+                labels.append([partition_text(self._spec, name, low.as_py())])
+                continue
+            encoded = column.dictionary_encode()
+            labels.append([partition_text(self._spec, name, value) for value in encoded.dictionary.to_pylist()])
+            indices = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+            codes = indices if codes is None else codes * len(labels[-1]) + indices
+        if codes is None:
+            yield tuple(label[0] for label in labels), data
+            return
         changes = np.flatnonzero(np.diff(codes)) + 1
-        distinct = np.unique(codes)
-        if len(changes) + 1 > len(distinct):
+        if len(changes) >= len(np.unique(codes)):  # rows of one partition are not all together
             order = np.argsort(codes, kind="stable")
             codes = codes[order]
             data = data.take(pa.array(order))
             changes = np.flatnonzero(np.diff(codes)) + 1
-        bounds = [0, *changes.tolist(), batch.num_rows]
+        bounds = [0, *changes.tolist(), data.num_rows]
         for start, stop in itertools.pairwise(bounds):
             code, key = int(codes[start]), []
-            for column in reversed(labels):
-                code, index = divmod(code, len(column))
-                key.append(column[index])
+            for label in reversed(labels):
+                code, index = divmod(code, len(label))
+                key.append(label[index])
             yield tuple(reversed(key)), data.slice(start, stop - start)
 
     def _add(self, key: tuple[str, ...], rows: pa.RecordBatch) -> None:
@@ -437,10 +438,16 @@ class Stager:
         if len(self._open) >= OPEN_FILES:
             self._close(next(iter(self._open)))
         partition = dict(zip(self._spec.partition_by, key, strict=True))
+        if not self._scope.covers(partition):
+            text = "/".join(f"{name}={value}" for name, value in partition.items())
+            raise LakeDataError(
+                f"table {self._spec.name}: the data has rows of {text}, outside the replaced partition {self._scope}; "
+                "filter the data, or replace that partition too"
+            )
         folder = "/".join(f"{name}={value}" for name, value in partition.items())
         relative = f"{folder}/part-{uuid.uuid4().hex}.parquet"
         path = self._storage.path(self._spec.name, relative)
-        self._storage.prepare(path.rpartition("/")[0])
+        made = self._storage.prepare(path.rpartition("/")[0])
         metadata: list[pq.FileMetaData] = []
         self._written.append(path)
         writer = pq.ParquetWriter(
@@ -451,7 +458,7 @@ class Stager:
             # Money as INT64 instead of fixed-length bytes: smaller, and DuckDB reads it without conversion.
             store_decimal_as_integer=True,
         )
-        return _Open(partition, relative, path, writer, metadata, [])
+        return _Open(partition, relative, path, writer, metadata, [], made)
 
     def _flush(self, file: _Open, rows: int) -> None:
         table = pa.Table.from_batches(file.waiting, self._file_schema)
@@ -463,11 +470,9 @@ class Stager:
         self._buffered -= chunk.num_rows
 
     def _ordered(self, chunk: pa.Table) -> pa.Table:
-        if chunk.num_rows < 2 or not self._key_names or _in_order(chunk, self._key_names):
+        if chunk.num_rows < 2 or not self._keys or _in_order(chunk, self._keys):
             return chunk
-        # Polars finds the order several times faster than Arrow over text keys; Arrow keeps the exact types.
-        order = pl.DataFrame(pl.from_arrow(chunk.select(self._key_names))).select(pl.arg_sort_by(self._key_names))
-        return chunk.take(order.to_series().to_arrow())
+        return chunk.take(pa.array(np.lexsort([_rank(chunk[name]) for name in reversed(self._keys)])))
 
     def _close(self, key: tuple[str, ...]) -> None:
         file = self._open[key]
@@ -475,7 +480,7 @@ class Stager:
             self._flush(file, file.waiting_rows)
         file.writer.close()
         del self._open[key]
-        size = self._storage.settle(file.path)
+        size = self._storage.settle(file.path, folders=3 if file.folder_made else 1)
         statistics = file_statistics(file.metadata[0])
         modified = int(datetime.now(UTC).timestamp() * 1000)
         self._done.append(StagedFile(file.relative, file.partition, file.rows, size, modified, statistics))
@@ -492,6 +497,16 @@ def _in_order(chunk: pa.Table, keys: list[str]) -> bool:
         else:
             ordered = pc.or_(less, pc.and_(pc.equal(before[name], after[name]), ordered))
     return bool(pc.all(ordered, skip_nulls=False).as_py())
+
+
+def _rank(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers that sort as the values do, nulls first. Ranks of distinct texts sort far faster than the texts."""
+    encoded = column.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    ranks = np.empty(len(order) + 1, dtype=np.int64)
+    ranks[order] = np.arange(len(order))
+    ranks[-1] = -1
+    return ranks[encoded.indices.fill_null(len(order)).to_numpy(zero_copy_only=False)]
 
 
 def file_statistics(metadata: pq.FileMetaData) -> str:

@@ -100,24 +100,27 @@ class Storage:
         """The same as the Arrow filesystem wants it (without ``s3://``)."""
         return self.uri(*parts).removeprefix("s3://")
 
-    def prepare(self, folder: str) -> None:
-        """Make the folder a file will be written to (buckets have none)."""
-        if not self.remote:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    def prepare(self, folder: str) -> bool:
+        """Make the folder a file will be written to (buckets have none). True when it was not there."""
+        if self.remote or Path(folder).is_dir():
+            return False
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return True
 
-    def settle(self, file: str) -> int:
-        """Make a closed file survive a power cut; returns its size in bytes."""
+    def settle(self, file: str, *, folders: int = 1) -> int:
+        """Make a closed file and its name survive a power cut; returns its size in bytes.
+
+        ``folders``: how many folders above the file are to be synced, more than one where they are new themselves.
+        """
         if self.remote:
             return int(self.filesystem.get_file_info(file).size)
-        # The names above the file are synced too: a folder made for a new partition may itself be lost.
-        paths = [Path(file), *Path(file).parents[:3]]
-        for path in paths:
+        for path in [Path(file), *Path(file).parents[:folders]]:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return paths[0].stat().st_size
+        return Path(file).stat().st_size
 
     def discard(self, file: str) -> None:
         """Delete a file that was never published; one that is gone is fine."""

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import psycopg
@@ -194,6 +195,7 @@ class Lake:
             storage_options=options,
             commit_properties=_properties("create", "create-tables", ""),
         )
+        self._settle_log(spec.name, 0)
         return 0
 
     def _add_declared_columns(self, spec: TableSpec, released: int) -> int:
@@ -213,6 +215,7 @@ class Lake:
             commit_properties=_properties("add column", "create-tables", ""),
         )
         handle.update_incremental()
+        self._settle_log(spec.name, handle.version())
         return handle.version()
 
     def add_column(self, table: str, field: pa.Field, *, run_id: str = "add-column", code_version: str = "") -> Release:
@@ -239,6 +242,7 @@ class Lake:
                 commit_properties=_properties("add column", run_id, code_version),
             )
             handle.update_incremental()
+            self._settle_log(table, handle.version())
             versions = {**latest.versions, table: handle.version()}
             note = f"add column {spec.name}.{field.name}"
             return self._release(session, latest, versions, [], 0, run_id, code_version, note)
@@ -286,7 +290,7 @@ class Lake:
         conformer.check_names(reader.schema)
         self._hold_staging()
         try:
-            files = Stager(self.storage, spec, schema).write(conformer.conform(batch) for batch in reader)
+            files = Stager(self.storage, conformer).write(reader)
         except BaseException:
             self._release_staging()
             raise
@@ -476,7 +480,17 @@ class Lake:
         handle.update_incremental()
         if handle.version() != base + 1:
             raise LakeConflictError(f"table {table} is at version {handle.version()} after a commit on {base}")
+        self._settle_log(table, base + 1)
         return base + 1
+
+    def _settle_log(self, table: str, version: int) -> None:
+        """Make a commit survive a power cut before a release names it: delta-rs does not sync its log."""
+        if self.storage.remote:
+            return
+        for name in (f"{version:020d}.checkpoint.parquet", "_last_checkpoint", f"{version:020d}.json"):
+            path = Path(self.storage.path(table, "_delta_log", name))
+            if path.exists():
+                self.storage.settle(str(path))
 
     def repair(self) -> list[str]:
         """Roll back every table that is above its released version now, instead of at its next commit.
@@ -645,6 +659,7 @@ class Lake:
         if handle.version() > released:
             handle.restore(released, commit_properties=_properties("roll back", f"above-{released}", ""))
             handle.update_incremental()
+            self._settle_log(table, handle.version())
         return handle
 
     # Postgres sessions
