@@ -257,7 +257,7 @@ class Board:
             step = self._after_error(run, error, now)
         except Exception as error:  # one broken task must not end the thread that serves the others
             log.exception("task %s failed", run.task.task_id)
-            step = Finished(TaskStatus.FAILED, {"reason": f"the agent failed: {type(error).__name__}: {error}"})
+            step = Finished(TaskStatus.FAILED, {"reason": f"the agent failed: {error!r}"[:1000]})
         if isinstance(step, Again):
             if step.progress is not None:
                 log.info("task %s: %s", run.task.task_id, step.progress.get("progress"))
@@ -285,7 +285,7 @@ class Board:
         if temporary and now < give_up_at:
             log.warning("task %s: %s; trying again", run.task.task_id, error)
             return Again(RETRY_SECONDS)
-        return Finished(TaskStatus.FAILED, {"reason": f"the Kubernetes API answered {error}"})
+        return Finished(TaskStatus.FAILED, {"reason": f"the Kubernetes API answered {error}"[:1000]})
 
     def _report(
         self, task_id: UUID, epoch: int, end: Finished, now: datetime, started_at: datetime | None = None

@@ -25,6 +25,10 @@ _SUFFIXES = {
 }  # fmt: skip
 
 
+# The server takes at most this many samples in a batch (control.agents.samples).
+MAX_SAMPLES = 5_000
+
+
 def quantity(text: Any) -> float:
     """A Kubernetes quantity in base units (cores, bytes); unreadable or missing is 0."""
     if isinstance(text, (int, float)):
@@ -213,7 +217,16 @@ def state_hash(states: list[Object]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def batch(state: Object, samples: Object, *, cluster_id: UUID, seq: int, now: datetime) -> bytes:
+def split(samples: Object, most: int = MAX_SAMPLES) -> list[Object]:
+    """Samples in parts that the server takes, at least one part."""
+    count = len(samples["metric"])
+    return [
+        {name: column[start : start + most] for name, column in samples.items()}
+        for start in range(0, max(count, 1), most)
+    ]
+
+
+def batch(state: Object | None, samples: Object, *, cluster_id: UUID, seq: int, now: datetime) -> bytes:
     """A MetricsData body, zstd-compressed; its batch_id is made here, once, and kept over every retry."""
     body = {
         "schema_version": SCHEMA_VERSION,

@@ -13,7 +13,7 @@ from typing import Any
 
 from control.agent.board import Board
 from control.agent.cluster import Cluster, ClusterError
-from control.agent.collector import batch, collect
+from control.agent.collector import batch, collect, split
 from control.agent.config import AGENT_VERSION, AgentConfig, ConfigError, read_config
 from control.agent.notices import Noticed, events_body, notices_of
 from control.agent.server import Backoff, Rejected, Server, Unavailable
@@ -110,8 +110,15 @@ class Agent:
         with self._collecting:
             now = self._server.now()
             state, samples = collect(self._cluster, self.config.cluster_id, self.config.cluster_name, now)
-            body = batch(state, samples, cluster_id=self.config.cluster_id, seq=self._sequence.next(), now=now)
-            self._metrics.put("batch.zst", body)
+            for index, part in enumerate(split(samples)):
+                body = batch(
+                    state if index == 0 else None,
+                    part,
+                    cluster_id=self.config.cluster_id,
+                    seq=self._sequence.next(),
+                    now=now,
+                )
+                self._metrics.put("batch.zst", body)
         self._metrics_due.set()
         return {
             name: state[name]
@@ -154,7 +161,10 @@ class Agent:
                     log.error("a metric batch was rejected and is dropped: %s", error)
                 else:
                     if answer.get("rejected"):
-                        log.warning("the server rejected %d samples of a batch", len(answer["rejected"]))
+                        first = answer["rejected"][0]
+                        log.warning("the server rejected %d samples, first %s", len(answer["rejected"]), first)
+                    for warning in answer.get("warnings", ()):
+                        log.warning("the server warns: %s", warning)
                 backoff.reset()
                 self._metrics.done(path)
 

@@ -69,7 +69,7 @@ def _identity(plan: CustomerPlan, known: dict) -> CustomerIdentity:
                 cluster_id=clusters.get(cluster.name, {}).get("cluster_id") or str(uuid7()),
                 cluster_name=cluster.name,
                 region=cluster.region,
-                agent_key=clusters.get(cluster.name, {}).get("agent_key") or _agent_key(),
+                agent_key=clusters.get(cluster.name, {}).get("agent_key") or agent_key(),
                 k8s_token=clusters.get(cluster.name, {}).get("k8s_token") or secrets.token_urlsafe(32),
             )
             for cluster in plan.clusters
@@ -77,7 +77,7 @@ def _identity(plan: CustomerPlan, known: dict) -> CustomerIdentity:
     )
 
 
-def _agent_key() -> str:
+def agent_key() -> str:
     """A key in the product's own form (control.security.keys); its HMAC is stored when the database is known."""
     return f"co_{secrets.token_hex(8)}.{secrets.token_urlsafe(32)}"
 

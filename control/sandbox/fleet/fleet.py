@@ -135,6 +135,7 @@ class Fleet:
         self._planned: list[tuple[float, str]] = []  # (when, instance id): recommendations that come true
         self._drawn_at = 0.0
         self._persisted_at = 0.0
+        self._saved = b""
         self._task: asyncio.Task[None] | None = None
         self.clusters: dict[str, Runtime] = {}
         for customer in self._customers:
@@ -473,11 +474,16 @@ class Fleet:
             if store.revision != runtime.saved_revision:
                 _write(folder / f"{name}.json", store.dump())
                 runtime.saved_revision = store.revision
+        known = {instance.instance_id for instance in self._aws.instances()}
+        self._members = {key: member for key, member in self._members.items() if key in known or not member.left}
         document = {
             "initialised": sorted(self._initialised),
             "members": {key: asdict(member) for key, member in self._members.items()},
         }
-        _write(self._home / "fleet.json", json.dumps(document).encode())
+        content = json.dumps(document).encode()
+        if content != self._saved:
+            _write(self._home / "fleet.json", content)
+            self._saved = content
 
     def _restore(self) -> None:
         if self._home is None or not (self._home / "fleet.json").exists():

@@ -44,7 +44,7 @@ from control.sandbox.kubernetes.status import (
 
 # Changes kept for watches that resume, over all kinds. A real server keeps five minutes of them; this keeps a count so
 # that memory stays flat, and answers 410 Gone below it.
-HISTORY_LENGTH = 2000
+HISTORY_LENGTH = 1000
 # Snapshots kept for `continue` tokens; a list that pages slower than 16 others gets 410 as after a compaction.
 PAGE_SNAPSHOTS = 16
 # Events kept per cluster (a real server drops them after an hour).
