@@ -327,14 +327,14 @@ def _by_pattern(body: bytes) -> tuple[dict[str, Any], str] | None:
     if first is None:
         if "<item" in text:
             return None
-        return {name: [] for name in _REQUIRED}, token.group(1) if token else ""
+        return {name: [] for name in _REQUIRED}, token.group(1).strip() if token else ""
     order = tuple(_ELEMENT.findall(first.group(1)))
     if not set(_REQUIRED) <= set(order) or len(set(order)) != len(order):
         return None
     rows = _pattern(order).findall(text)
     if len(rows) != text.count("<item"):
         return None
-    return dict(zip(order, zip(*rows, strict=True), strict=True)), token.group(1) if token else ""
+    return dict(zip(order, zip(*rows, strict=True), strict=True)), token.group(1).strip() if token else ""
 
 
 def _parser() -> etree.XMLParser:
@@ -356,7 +356,7 @@ def _by_tree(body: bytes, report: FetchReport) -> tuple[dict[str, Any], str]:
             continue
         for name, column in columns.items():
             column.append(values.get(name))
-    return columns, root.findtext("{*}nextToken") or ""
+    return columns, (root.findtext("{*}nextToken") or "").strip()
 
 
 def _times(texts: Any) -> pa.Array:
