@@ -12,6 +12,7 @@ from pathlib import Path
 from control.supervisor.errors import UpError
 
 SCHEMA = "dagster"
+MARK = Path("dagster") / "migrated"
 
 
 def write_dagster_home(home: Path) -> None:
@@ -19,6 +20,11 @@ def write_dagster_home(home: Path) -> None:
     folder = home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name("dagster.yaml"), folder / "dagster.yaml")
+
+
+def is_migrated(home: Path) -> bool:
+    """Whether this home has made Dagster's tables before."""
+    return (home / MARK).exists()
 
 
 def migrate_dagster(home: Path, database_url: str) -> None:
@@ -37,7 +43,7 @@ def migrate_dagster(home: Path, database_url: str) -> None:
             "SELECT oid, system_identifier FROM pg_database, pg_control_system() WHERE datname = current_database()"
         ).fetchone()
     mark = hashlib.sha256(f"{row} {version('dagster-postgres')}".encode()).hexdigest()
-    mark_file = home / "dagster" / "migrated"
+    mark_file = home / MARK
     if mark_file.exists() and mark_file.read_text() == mark:
         return
     done = subprocess.run(

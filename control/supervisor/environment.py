@@ -91,8 +91,8 @@ def uses_sandbox(environ: Mapping[str, str]) -> bool:
 def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> dict[str, int]:
     """The port of each name: its variable, else what this home used last, else the default.
 
-    A variable of 0 means any free port, kept for later starts. An internal default that is taken on the first start
-    gives way to a free port; a public one does not, because people know it.
+    A variable of 0 means any free port, kept for later starts. An internal port nobody chose gives way to a free one when
+    it is taken; a public one does not, because people know it.
 
     Raises:
         UpError: a variable is no port number.
@@ -108,12 +108,11 @@ def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> di
             raise UpError(f"{variable} is {text!r}; set it to a port number from 1 to 65535, or 0 for any free one")
         if text and int(text):
             chosen[name] = int(text)
-        elif text:
-            chosen[name] = kept.setdefault(name, free_port())
-        elif rule.public:
+        elif not text and rule.public:
             chosen[name] = rule.default
         else:
-            chosen[name] = kept.setdefault(name, rule.default if port_is_free(rule.default) else free_port())
+            port = kept.get(name) or (free_port() if text else rule.default)
+            chosen[name] = kept[name] = port if port_is_free(port) else free_port()
     write_private(kept_file, json.dumps(kept))
     return chosen
 

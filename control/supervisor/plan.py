@@ -174,6 +174,8 @@ def all_programs(plan: Plan) -> list[Program]:
         Program(
             "dagster-code",
             [PYTHON, "-m", "dagster", "api", "grpc", *grpc, *module],
+            # It opens Dagster's tables, so the first time it waits for them to be made.
+            needs=servers if dagster_home.is_migrated(plan.home) else migrated,
             ready=lambda: _listens(plan.ports["dagster-code"]),
         ),
         Program(

@@ -83,6 +83,7 @@ class Up:
         self._daemon_log: LogTail | None = None
         self._follower = Follower(self.console)
         self._sandbox: dict[str, Any] | None = None
+        self._plan: Plan | None = None
 
     def run(self) -> int:
         """Run until told to stop; returns the exit code. Errors a person can mend are printed in one line."""
@@ -125,9 +126,9 @@ class Up:
         self._daemon_log = LogTail(self.daemon.log)
         self.daemon.start(self.programs)
         self._bring_up(plan)
+        self._plan = plan
         self._write_addresses(plan)
         self._print_table(plan, time.monotonic() - began)
-        self._plan = plan
 
     def _clear_left_overs(self) -> None:
         """End what a killed earlier run left; it is stopping by itself, so it gets some time first."""
@@ -149,7 +150,7 @@ class Up:
             if not waiting:
                 return
             states = self.daemon.states()
-            self._report_ends(plan)
+            self._report_ends()
             for program in waiting:
                 if program.name not in launched:
                     if self.ready.issuperset(program.needs):
@@ -186,11 +187,12 @@ class Up:
             return state["statename"] == "EXITED"
         return state["statename"] in {"STARTING", "RUNNING"} and program.ready()
 
-    def _report_ends(self, plan: Plan) -> None:
-        """Say which processes ended and why; give up on one that cannot start."""
+    def _report_ends(self) -> bool:
+        """Say which processes ended and why; give up on one that cannot start. True when anything happened."""
         assert self._daemon_log is not None
         once = {program.name for program in self.programs if program.once}
-        for line in self._daemon_log.new_lines():
+        lines = self._daemon_log.new_lines()
+        for line in lines:
             ended = read_exit(line)
             if ended is None or ended[0] in once:
                 continue
@@ -202,15 +204,18 @@ class Up:
             self._say(
                 f"[yellow]![/] {name} ended ({reason}) and is started again; its last words: {self._last_words(name)}"
             )
+        return bool(lines)
 
     def _watch(self) -> None:
         """Until a signal: show ends and restarts, keep addresses.json true, follow logs."""
         assert self.daemon is not None
+        assert self._plan is not None
         while True:
             if not self.daemon.alive:
                 raise UpError(f"supervisord ended; everything is stopped. Its log: {self.daemon.log}")
-            self._report_ends(self._plan)
-            self._write_addresses(self._plan)
+            # supervisord writes a line for whatever changes: as long as there is none, nobody has to be asked.
+            if self._report_ends():
+                self._write_addresses(self._plan)
             self._follower.show(self._logs())
             time.sleep(POLL_SECONDS * 10 if self.follow else WATCH_SECONDS)
 

@@ -63,7 +63,7 @@ def test_public_defaults_do_not_wander(tmp_path):
     }
 
 
-def test_internal_default_gives_way_on_the_first_start_only(tmp_path, monkeypatch):
+def test_internal_port_nobody_chose_gives_way_and_the_new_one_is_kept(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
