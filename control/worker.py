@@ -30,8 +30,10 @@ from control.interruptions import closing, metrics
 from control.interruptions.consumers import handlers
 from control.interruptions.intake import Intake
 from control.interruptions.launching import ROUND_SECONDS, Launcher
-from control.interruptions.reconcilers import deadlines, never_ready, ready
+from control.interruptions.reconcilers import deadlines, invariants, missed, never_ready, orphans, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
+from control.interruptions.reconcilers.ending import INTERVAL_SECONDS as ENDING_SECONDS
+from control.interruptions.reconcilers.ending import Ending
 from control.interruptions.runtime import Runtime
 from control.security.redaction import configure_logging
 from control.settings import Settings, get_settings
@@ -95,6 +97,10 @@ class Worker:
             ),
             Loop("ready", ready.INTERVAL_SECONDS, partial(ready.run_once, runtime)),
             Loop("never_ready", never_ready.INTERVAL_SECONDS, partial(never_ready.run_once, runtime)),
+            Loop("ending", ENDING_SECONDS, Ending(self.launcher).run_once),
+            Loop("orphans", orphans.LOOK_SECONDS, partial(orphans.run_once, self.launcher)),
+            Loop("missed", missed.LOOK_SECONDS, partial(missed.run_once, self.launcher)),
+            Loop("invariants", invariants.LOOK_SECONDS, partial(invariants.run_once, runtime)),
             Loop("deadlines", deadlines.INTERVAL_SECONDS, partial(deadlines.run_once, runtime)),
             Loop("unmatched", UNMATCHED_SECONDS, partial(closing.settle_unmatched, runtime)),
             Loop("pre_spin", CLOSING_SECONDS, partial(closing.begin_waiting_drains, runtime), bell="interruptions"),

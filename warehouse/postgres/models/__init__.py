@@ -5,6 +5,7 @@ from warehouse.postgres.models.clusters import Cluster, Node
 from warehouse.postgres.models.customers import Customer, CustomerConfig, IntakeHealth
 from warehouse.postgres.models.gaps import DataGap, GapFill, PartitionCoverage
 from warehouse.postgres.models.interruptions import (
+    AdoptedInstance,
     Deployment,
     InboxMessage,
     Interruption,
@@ -14,6 +15,7 @@ from warehouse.postgres.models.interruptions import (
     LaunchIntent,
     LaunchTemplate,
     PoolStanding,
+    RoundClaim,
     SpotEventRecord,
 )
 from warehouse.postgres.models.lake import LakeRelease
@@ -27,6 +29,7 @@ from warehouse.postgres.models.statements import SavingsStatement
 from warehouse.postgres.models.tasks import AgentTask, TaskReport
 
 __all__ = [
+    "AdoptedInstance",
     "AgentTask",
     "ApiKey",
     "AuditLog",
@@ -60,6 +63,7 @@ __all__ = [
     "PlanStep",
     "PoolStanding",
     "PredictionRecord",
+    "RoundClaim",
     "SavingsStatement",
     "SpotEventRecord",
     "SpotPriceCurrent",

@@ -11,7 +11,16 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, UniqueConstraint, func, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    UniqueConstraint,
+    func,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.types import Text
@@ -229,6 +238,31 @@ class Deployment(Base):
     adopt_only: Mapped[bool] = mapped_column(server_default="false")
     reason: Mapped[str | None]
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class RoundClaim(Base):
+    """Which worker does a round of a reconciler that asks the cloud; the others leave it to that one."""
+
+    __tablename__ = "round_claims"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    claimed_until: Mapped[datetime]
+    claimed_by: Mapped[str]
+    rounds: Mapped[int] = mapped_column(BigInteger, server_default="1")
+
+
+class AdoptedInstance(Base):
+    """An instance with our tags of which the database knew nothing, because it was restored from before its launch."""
+
+    __tablename__ = "adopted_instances"
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
+    instance_id: Mapped[str] = mapped_column(primary_key=True)
+    cluster_id: Mapped[UUID | None]
+    region: Mapped[str]
+    batch_id: Mapped[UUID | None]
+    launched_at: Mapped[datetime | None]
+    adopted_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class LaunchBatch(HasId, HasCreatedAt, Base):

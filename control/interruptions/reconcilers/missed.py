@@ -1,0 +1,167 @@
+"""The second detector: what the queue did not bring is found by asking EC2 (R-07).
+
+Spot notices are best effort, so a perfect reader of the queue still misses some. EC2 marks an interrupted instance's
+Spot request before it takes the instance, and shows instances that are ending. The same answers teach us how the
+cluster's nodes are launched, while they still live.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from control.gateways.aws import AwsError, Credentials
+from control.interruptions import intake_repository, launch_repository, metrics
+from control.interruptions import repository as events_repository
+from control.interruptions.intake import explain
+from control.interruptions.launching import Launcher
+from control.interruptions.parsing import TERMINAL_OR_ENDING_STATES, Outcome, ParsedEvent
+from control.interruptions.reconcilers import repository
+from control.interruptions.reconcilers.repository import Place
+from control.interruptions.service import Ingested, Received, ingest_outcomes
+from warehouse.contracts import EventKind, EventSource, InterruptionAction
+
+log = structlog.get_logger(__name__)
+
+# Half of a notice is left when the poll finds it; three calls a minute and region are no load on EC2's limits.
+INTERVAL_SECONDS = 60.0
+LOOK_SECONDS = 5.0
+MARKED = {
+    "marked-for-termination": InterruptionAction.TERMINATE,
+    "marked-for-stop": InterruptionAction.STOP,
+    "marked-for-hibernation": InterruptionAction.HIBERNATE,
+}
+
+
+async def run_once(launcher: Launcher) -> int:
+    """Poll the places that are due; returns how many interruptions only this found."""
+    runtime = launcher.runtime
+    async with runtime.db.system() as conn:
+        places = {f"poll:{place.customer_id}:{place.region}": place for place in await repository.places(conn)}
+        due = await repository.claim_rounds(conn, list(places), worker=runtime.worker, seconds=INTERVAL_SECONDS * 0.95)
+    found = 0
+    for name in sorted(due):
+        try:
+            found += await poll(launcher, places[name])
+        except AwsError as error:
+            await _degraded(launcher, places[name], error)
+    return found
+
+
+async def poll(launcher: Launcher, place: Place) -> int:
+    """One place: warnings on Spot requests, instances that are ending, and templates of those that live."""
+    runtime = launcher.runtime
+    async with runtime.db.system() as conn:
+        clusters = await launch_repository.cluster_facts(conn, [place.cluster_id])
+        nodes = await repository.spot_nodes(conn, place)
+        facts = await events_repository.customer_facts(conn, place.customer_id)
+    if facts is None or place.cluster_id not in clusters:
+        return 0
+    credentials = await launcher.credentials(clusters[place.cluster_id])
+    now = datetime.now(UTC)
+    events = await _marked(launcher, place, credentials, now, set(nodes))
+    instances = await launcher.describe(place.region, credentials, sorted(nodes))
+    marked = {instance_id for event in events for instance_id in event.instance_ids}
+    for instance_id, instance in instances.items():
+        state = instance.get("State", {}).get("Name", "")
+        if state in TERMINAL_OR_ENDING_STATES and instance_id not in marked:
+            events.append(_ending(place, instance_id, state, instance, now))
+    await _learn(launcher, nodes, instances, credentials)
+    outcomes: list[tuple[Received, Outcome]] = [
+        (Received(events_repository.to_json(event.detail), EventSource.POLL), event) for event in events
+    ]
+    done = await ingest_outcomes(runtime.db, facts, outcomes, now=now) if outcomes else Ingested()
+    await done.ring(runtime.bells)
+    async with runtime.db.system() as conn:
+        await intake_repository.mark_healthy(conn, [place.customer_id], detector="poll")
+    if done.interruptions:
+        log.info("poll.found", customer_id=str(place.customer_id), interruptions=len(done.interruptions))
+    return len(done.interruptions)
+
+
+async def _marked(
+    launcher: Launcher, place: Place, credentials: Credentials, now: datetime, ours: set[str]
+) -> list[ParsedEvent]:
+    events: list[ParsedEvent] = []
+    filters = [{"Name": "status-code", "Values": sorted(MARKED)}]
+    async for request in launcher.runtime.aws.pages(
+        "ec2",
+        "DescribeSpotInstanceRequests",
+        {"Filters": filters},
+        "SpotInstanceRequests",
+        region=place.region,
+        credentials=credentials,
+    ):
+        status = request.get("Status", {})
+        instance_id, action = request.get("InstanceId"), MARKED.get(status.get("Code"))
+        # Other machines of the account are none of our business.
+        if instance_id not in ours or action is None:
+            continue
+        at = status.get("UpdateTime") or now
+        events.append(
+            ParsedEvent(
+                kind=EventKind.SPOT_INTERRUPTION,
+                dedupe_key=f"poll:{instance_id}:{at:%Y-%m-%dT%H:%M}",
+                region=place.region,
+                account_id=None,
+                occurred_at=min(at, now),
+                instance_ids=(instance_id,),
+                action=action,
+                detail={"status": status.get("Code"), "instance-id": instance_id},
+            )
+        )
+    return events
+
+
+def _ending(place: Place, instance_id: str, state: str, instance: dict[str, Any], now: datetime) -> ParsedEvent:
+    return ParsedEvent(
+        kind=EventKind.INSTANCE_STATE_CHANGE,
+        dedupe_key=f"poll:{instance_id}:{state}",
+        region=place.region,
+        account_id=None,
+        occurred_at=now,
+        instance_ids=(instance_id,),
+        state=state,
+        detail={"state": state, "reason": instance.get("StateTransitionReason", ""), "instance-id": instance_id},
+    )
+
+
+async def _learn(
+    launcher: Launcher, nodes: dict[str, UUID], instances: dict[str, dict[str, Any]], credentials: Credentials
+) -> None:
+    by_cluster: dict[UUID, list[dict[str, Any]]] = defaultdict(list)
+    for instance_id, instance in instances.items():
+        if instance.get("State", {}).get("Name") == "running" and instance.get("SubnetId"):
+            by_cluster[nodes[instance_id]].append(instance)
+    if not by_cluster:
+        return
+    async with launcher.runtime.db.system() as conn:
+        clusters = await launch_repository.cluster_facts(conn, sorted(by_cluster))
+        customers = {clusters[cluster_id].customer_id for cluster_id in by_cluster if cluster_id in clusters}
+        known = {i for customer in customers for i in await repository.instances_with_template(conn, customer)}
+    for cluster_id, group in by_cluster.items():
+        new = [instance for instance in group if instance["InstanceId"] not in known]
+        if new and cluster_id in clusters:
+            await launcher.learn_templates(clusters[cluster_id], new, credentials)
+
+
+async def _degraded(launcher: Launcher, place: Place, error: AwsError) -> None:
+    reason, remedy, lasting = explain(error)
+    metrics.LOOP_FAILURES.labels("poll", error.code).inc()
+    log.warning("poll.failed", customer_id=str(place.customer_id), region=place.region, code=error.code)
+    if not lasting:
+        return
+    if error.operation.startswith("Describe"):
+        remedy = "let the role use ec2:DescribeInstances and ec2:DescribeSpotInstanceRequests"
+    try:
+        async with launcher.runtime.db.system() as conn:
+            await intake_repository.mark_degraded(
+                conn, place.customer_id, detector="poll", reason=reason, remedy=remedy
+            )
+    except SQLAlchemyError as trouble:
+        log.warning("poll.health_not_written", error=type(trouble).__name__)

@@ -1,0 +1,183 @@
+"""Instances with our tag that no live attempt explains: adopted where a call may have made them, ended otherwise.
+
+The cloud is listed first and the database second, so that the database is the newer view (Karpenter's order): an
+instance launched in between has its row already.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import structlog
+
+from control.gateways.aws import AwsError, Credentials
+from control.interruptions import launch_repository, metrics
+from control.interruptions.launch_repository import ClusterFacts
+from control.interruptions.launching import Launcher, apply_events
+from control.interruptions.reconcilers import repository
+from control.interruptions.reconcilers.ending import allowed, terminate_ours
+from control.interruptions.reconcilers.repository import Place
+from control.interruptions.states import InstanceEnded
+from control.interruptions.templates import TAG_BATCH, TAG_CLUSTER, TAG_MANAGED, TAG_TENANT, tags_of
+
+log = structlog.get_logger(__name__)
+
+INTERVAL_SECONDS = 60.0
+LOOK_SECONDS = 5.0
+# A launch under way has its attempt row before its instance; a minute covers clocks and slow answers.
+MIN_AGE = timedelta(seconds=60)
+_DEAD = ("shutting-down", "terminated")
+_LIVE_ATTEMPTS = frozenset({"calling", "unknown", "launched", "adopted", "ready", "terminating"})
+_UNANSWERED = frozenset({"calling", "unknown"})
+
+
+async def run_once(launcher: Launcher) -> int:
+    """Compare the places that are due; returns how many instances were ended."""
+    runtime = launcher.runtime
+    async with runtime.db.system() as conn:
+        places = {f"orphans:{place.customer_id}:{place.region}": place for place in await repository.places(conn)}
+        due = await repository.claim_rounds(conn, list(places), worker=runtime.worker, seconds=INTERVAL_SECONDS * 0.95)
+    ended = 0
+    for name in sorted(due):
+        try:
+            ended += await compare(launcher, places[name])
+        except AwsError as error:
+            metrics.LOOP_FAILURES.labels("orphans", error.code).inc()
+            log.warning("orphans.failed", customer_id=str(places[name].customer_id), code=error.code)
+    return ended
+
+
+async def compare(launcher: Launcher, place: Place) -> int:
+    """One place; returns how many instances were ended."""
+    runtime = launcher.runtime
+    async with runtime.db.system() as conn:
+        clusters = await launch_repository.cluster_facts(conn, [place.cluster_id])
+    if place.cluster_id not in clusters:
+        return 0
+    facts = clusters[place.cluster_id]
+    credentials = await launcher.credentials(facts)
+    instances = await _ours(launcher, place, credentials)
+    if not instances:
+        return 0
+    batch_ids = {batch for instance in instances.values() if (batch := _uuid(tags_of(instance).get(TAG_BATCH)))}
+    async with runtime.db.system() as conn:
+        attempts = await repository.attempts_by_instance(conn, place.customer_id, sorted(instances))
+        batches = await repository.batch_states(conn, place.customer_id, sorted(batch_ids))
+        adopted = await repository.adopted(conn, place.customer_id, sorted(instances))
+        counts = await repository.node_counts(conn, place.customer_id)
+        adopt_only = await repository.adopt_only(conn, runtime.deployment_id)
+    await _ended_by_others(launcher, instances, attempts)
+
+    now = datetime.now(UTC)
+    unexplained: list[str] = []
+    unknown: list[dict[str, Any]] = []
+    for instance_id, instance in instances.items():
+        state = instance.get("State", {}).get("Name")
+        if state in _DEAD or now - instance.get("LaunchTime", now) < MIN_AGE or instance_id in adopted:
+            continue
+        attempt, batch_id = attempts.get(instance_id), _uuid(tags_of(instance).get(TAG_BATCH))
+        if attempt is not None and attempt.state in _LIVE_ATTEMPTS:
+            continue
+        if attempt is None and batch_id is not None and batches.get(batch_id) in _UNANSWERED:
+            # The launch loop repeats that call and learns of it, or adopts it by tag.
+            continue
+        if attempt is None and (batch_id is None or batch_id not in batches):
+            unknown.append(instance)
+            continue
+        unexplained.append(instance_id)
+    if unknown:
+        await _restored(launcher, place, unknown)
+        return 0
+    if adopt_only:
+        return 0
+    return await _end(launcher, facts, credentials, instances, unexplained, counts)
+
+
+async def _ours(launcher: Launcher, place: Place, credentials: Credentials) -> dict[str, dict[str, Any]]:
+    filters = [
+        {"Name": f"tag:{TAG_MANAGED}", "Values": [launcher.runtime.deployment_id]},
+        {"Name": f"tag:{TAG_TENANT}", "Values": [str(place.customer_id)]},
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    async for reservation in launcher.runtime.aws.pages(
+        "ec2",
+        "DescribeInstances",
+        {"Filters": filters},
+        "Reservations",
+        region=place.region,
+        credentials=credentials,
+    ):
+        found |= {instance["InstanceId"]: instance for instance in reservation.get("Instances", [])}
+    return found
+
+
+async def _ended_by_others(launcher: Launcher, instances: dict[str, dict[str, Any]], attempts: dict[str, Any]) -> None:
+    """Replacements that EC2 shows as ended before they were Ready. Only a state that was seen counts (C-10)."""
+    over = {
+        attempts[instance_id].intent_id: InstanceEnded()
+        for instance_id, instance in instances.items()
+        if instance.get("State", {}).get("Name") in _DEAD
+        and instance_id in attempts
+        and attempts[instance_id].state in ("launched", "adopted", "terminating")
+    }
+    await apply_events(launcher.runtime, over)
+
+
+async def _restored(launcher: Launcher, place: Place, instances: list[dict[str, Any]]) -> None:
+    """The cloud has launches the database never heard of: it was restored. Adopt them, and end nothing (C-34)."""
+    runtime = launcher.runtime
+    rows = [
+        {
+            "customer_id": place.customer_id,
+            "instance_id": instance["InstanceId"],
+            "cluster_id": _uuid(tags_of(instance).get(TAG_CLUSTER)),
+            "region": place.region,
+            "batch_id": _uuid(tags_of(instance).get(TAG_BATCH)),
+            "launched_at": instance.get("LaunchTime"),
+        }
+        for instance in instances
+    ]
+    reason = f"{len(rows)} instances carry our tag and are in no row: the database is older than they are"
+    async with runtime.db.system() as conn:
+        await repository.adopt_instances(conn, rows)
+        new = await repository.set_adopt_only(conn, runtime.deployment_id, reason=reason)
+    if new:
+        metrics.ALARMS.labels("adopt_only").inc()
+    log.error(
+        "orphans.adopted",
+        customer_id=str(place.customer_id),
+        reason=reason,
+        instance_ids=[row["instance_id"] for row in rows],
+    )
+
+
+async def _end(
+    launcher: Launcher,
+    facts: ClusterFacts,
+    credentials: Credentials,
+    instances: dict[str, dict[str, Any]],
+    instance_ids: list[str],
+    counts: dict[UUID, int],
+) -> int:
+    by_cluster: dict[UUID | None, list[str]] = defaultdict(list)
+    for instance_id in sorted(instance_ids):
+        by_cluster[_uuid(tags_of(instances[instance_id]).get(TAG_CLUSTER))].append(instance_id)
+    ended = 0
+    for cluster_id, group in by_cluster.items():
+        most = allowed(counts.get(cluster_id, 0)) if cluster_id else 1
+        if len(group) > most:
+            metrics.ALARMS.labels("orphans_over_cap").inc()
+            log.error("orphans.over_cap", cluster_id=str(cluster_id), orphans=len(group), ended_now=most)
+        await terminate_ours(launcher, facts, credentials, group[:most], reason="orphan")
+        ended += len(group[:most])
+    return ended
+
+
+def _uuid(value: str | None) -> UUID | None:
+    try:
+        return UUID(value) if value else None
+    except ValueError:
+        return None

@@ -1,0 +1,199 @@
+"""SQL of the reconcilers that compare the database with the cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control.interruptions.repository import insert_rows
+
+_CLAIM = text("""
+    INSERT INTO round_claims AS r (name, claimed_until, claimed_by)
+    SELECT name, now() + make_interval(secs => :seconds), :worker FROM unnest(CAST(:names AS text[])) AS name
+    ORDER BY name
+    ON CONFLICT (name) DO UPDATE SET claimed_until = excluded.claimed_until, claimed_by = excluded.claimed_by,
+        rounds = r.rounds + 1
+    WHERE r.claimed_until <= now()
+    RETURNING name
+""")
+
+
+async def claim_rounds(conn: AsyncConnection, names: Sequence[str], *, worker: str, seconds: float) -> set[str]:
+    """Those of the named rounds that are due, now this worker's: nobody else does them for ``seconds``."""
+    if not names:
+        return set()
+    result = await conn.execute(_CLAIM, {"names": list(names), "worker": worker, "seconds": seconds})
+    return {row.name for row in result}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A customer's region with clusters of ours, one of which stands for the customer's role."""
+
+    customer_id: UUID
+    region: str
+    cluster_id: UUID
+
+
+_PLACES = text("""
+    SELECT DISTINCT ON (c.customer_id, c.region) c.customer_id, c.region, c.id AS cluster_id
+    FROM clusters c JOIN customers m ON m.id = c.customer_id
+    WHERE m.status IN ('active', 'degraded') AND m.aws_role_arn IS NOT NULL AND c.status <> 'deleted'
+    ORDER BY c.customer_id, c.region, c.id
+""")
+
+
+async def places(conn: AsyncConnection) -> list[Place]:
+    """Every account and region where instances of ours may be."""
+    return [Place(**row._mapping) for row in await conn.execute(_PLACES)]
+
+
+_SPOT_NODES = text("""
+    SELECT n.cluster_id, n.instance_id FROM nodes n JOIN clusters c ON c.id = n.cluster_id
+    WHERE n.customer_id = :customer_id AND c.region = :region AND c.status <> 'deleted'
+      AND n.node_type = 'spot' AND n.terminated_at IS NULL
+    ORDER BY n.instance_id
+""")
+
+
+async def spot_nodes(conn: AsyncConnection, place: Place) -> dict[str, UUID]:
+    """Instance id to cluster of the Spot nodes that are alive as far as we know."""
+    result = await conn.execute(_SPOT_NODES, {"customer_id": place.customer_id, "region": place.region})
+    return {row.instance_id: row.cluster_id for row in result}
+
+
+_KNOWN_TEMPLATES = text("""
+    SELECT DISTINCT unnest(instance_ids) AS instance_id FROM launch_templates WHERE customer_id = :customer_id
+""")
+
+
+async def instances_with_template(conn: AsyncConnection, customer_id: UUID) -> set[str]:
+    """Instances whose way of launching is kept."""
+    return {row.instance_id for row in await conn.execute(_KNOWN_TEMPLATES, {"customer_id": customer_id})}
+
+
+_ATTEMPTS = text("""
+    SELECT a.instance_id, a.state, a.intent_id, a.batch_id FROM launch_attempts a
+    WHERE a.customer_id = :customer_id AND a.instance_id = ANY(:instance_ids)
+""")
+_BATCHES = text("""
+    SELECT id, state FROM launch_batches WHERE customer_id = :customer_id AND id = ANY(:batch_ids)
+""")
+
+
+async def attempts_by_instance(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> dict[str, Any]:
+    """Attempts of instances."""
+    values = {"customer_id": customer_id, "instance_ids": list(instance_ids)}
+    return {row.instance_id: row for row in await conn.execute(_ATTEMPTS, values)}
+
+
+async def batch_states(conn: AsyncConnection, customer_id: UUID, batch_ids: Sequence[UUID]) -> dict[UUID, str]:
+    """States of batches, by id."""
+    values = {"customer_id": customer_id, "batch_ids": list(batch_ids)}
+    return {row.id: row.state for row in await conn.execute(_BATCHES, values)}
+
+
+_NODE_COUNTS = text("""
+    SELECT cluster_id, count(*) AS nodes FROM nodes
+    WHERE customer_id = :customer_id AND terminated_at IS NULL GROUP BY cluster_id
+""")
+
+
+async def node_counts(conn: AsyncConnection, customer_id: UUID) -> dict[UUID, int]:
+    """Living nodes per cluster of a customer."""
+    result = await conn.execute(_NODE_COUNTS, {"customer_id": customer_id})
+    return {row.cluster_id: row.nodes for row in result}
+
+
+_ADOPT_ONLY = text("SELECT adopt_only FROM deployments WHERE deployment_id = :deployment_id")
+_SET_ADOPT_ONLY = text("""
+    INSERT INTO deployments (deployment_id, adopt_only, reason) VALUES (:deployment_id, true, :reason)
+    ON CONFLICT (deployment_id) DO UPDATE SET adopt_only = true, reason = excluded.reason, updated_at = now()
+    WHERE NOT deployments.adopt_only
+""")
+
+
+async def adopt_only(conn: AsyncConnection, deployment_id: str) -> bool:
+    """Whether nothing may be terminated until an operator says so."""
+    return bool((await conn.execute(_ADOPT_ONLY, {"deployment_id": deployment_id})).scalar_one_or_none())
+
+
+async def set_adopt_only(conn: AsyncConnection, deployment_id: str, *, reason: str) -> bool:
+    """Stop all terminations; True when they were not stopped before."""
+    result = await conn.execute(_SET_ADOPT_ONLY, {"deployment_id": deployment_id, "reason": reason})
+    return result.rowcount > 0
+
+
+async def adopt_instances(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Remember instances that carry our tags and that no row explains."""
+    await insert_rows(
+        conn,
+        "adopted_instances",
+        rows,
+        order="instance_id",
+        conflict="(customer_id, instance_id) DO NOTHING",
+    )
+
+
+_ADOPTED = text("""
+    SELECT instance_id FROM adopted_instances WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
+""")
+
+
+async def adopted(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> set[str]:
+    """Which of the instances were adopted."""
+    values = {"customer_id": customer_id, "instance_ids": list(instance_ids)}
+    return {row.instance_id for row in await conn.execute(_ADOPTED, values)}
+
+
+# I-1, I-3, I-4, I-8 and I-12 of RELIABILITY §2.3 as queries that find nothing.
+INVARIANTS = {
+    "message_in_no_end": """
+        SELECT count(*) FROM inbox_messages
+        WHERE outcome = 'waiting' AND received_at < now() - interval '15 minutes'""",
+    "interruption_never_closed": """
+        SELECT count(*) FROM interruptions
+        WHERE state <> 'closed' AND greatest(received_at, deadline_at) < now() - interval '1 hour'""",
+    "two_live_attempts": """
+        SELECT count(*) FROM (SELECT intent_id FROM launch_attempts
+        WHERE state IN ('planned', 'calling', 'unknown', 'launched', 'adopted', 'ready')
+        GROUP BY intent_id HAVING count(*) > 1) doubled""",
+    "live_attempt_of_ended_intent": """
+        SELECT count(*) FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
+        WHERE a.state IN ('launched', 'adopted') AND l.state IN ('exhausted', 'cancelled')""",
+    "result_of_an_old_epoch": """
+        SELECT count(*) FROM agent_tasks WHERE result_epoch IS NOT NULL AND result_epoch <> lease_epoch""",
+    "history_with_holes": """
+        SELECT count(*) FROM (
+            SELECT i.id FROM interruptions i JOIN interruption_history h ON h.interruption_id = i.id
+            WHERE i.received_at > now() - interval '1 day'
+            GROUP BY i.id, i.version HAVING count(*) <> i.version) holed""",
+    "task_without_drain_offer": """
+        SELECT count(*) FROM interruptions i JOIN agent_tasks t ON t.interruption_id = i.id
+        JOIN clusters c ON c.id = t.cluster_id
+        WHERE t.state = 'expired' AND t.first_leased_at IS NULL AND c.last_seen_at > t.deadline_at
+          AND i.received_at > now() - interval '1 day' AND t.created_at < t.deadline_at - interval '30 seconds'""",
+}
+
+
+async def violations(conn: AsyncConnection) -> dict[str, int]:
+    """How many rows break each invariant."""
+    return {name: (await conn.execute(text(sql))).scalar_one() for name, sql in INVARIANTS.items()}
+
+
+_LAUNCHED_AT = text("""
+    SELECT instance_id, launched_at FROM launch_attempts
+    WHERE customer_id = :customer_id AND state IN ('launched', 'adopted') AND instance_id IS NOT NULL
+""")
+
+
+async def launched_instances(conn: AsyncConnection, customer_id: UUID) -> dict[str, datetime | None]:
+    """Replacements that are not Ready yet."""
+    result = await conn.execute(_LAUNCHED_AT, {"customer_id": customer_id})
+    return {row.instance_id: row.launched_at for row in result}
