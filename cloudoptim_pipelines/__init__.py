@@ -1,4 +1,4 @@
-"""Pipelines: Dagster assets, partitions, schedules and checks. Imports warehouse, control.gateways and control.settings."""
+"""Pipelines: Dagster assets, schedules and checks. Imports warehouse, control.gateways and control.settings."""
 
 import warnings
 

@@ -9,9 +9,13 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from control.settings import get_settings
+from warehouse.lake.query import LakeReader, Limits
 from warehouse.lake.staging import Staged
 from warehouse.lake.store import Lake, PartitionWrite, Release
 from warehouse.postgres.session import SyncDatabase
+
+# What DuckDB may hold in memory; beyond it spills to disk.
+READER_MEMORY = "1GB"
 
 
 @cache
@@ -36,6 +40,7 @@ class Warehouse(dg.ConfigurableResource):
 
     _database: SyncDatabase | None = PrivateAttr(default=None)
     _lake: Lake | None = PrivateAttr(default=None)
+    _reader: LakeReader | None = PrivateAttr(default=None)
 
     @property
     def dsn(self) -> str:
@@ -57,6 +62,13 @@ class Warehouse(dg.ConfigurableResource):
         return self._lake
 
     @property
+    def reader(self) -> LakeReader:
+        """DuckDB over the lake, one for a run: its plans of unchanged tables are used again by the next asset."""
+        if self._reader is None:
+            self._reader = LakeReader(self.lake, Limits(memory=READER_MEMORY))
+        return self._reader
+
+    @property
     def aws_endpoint(self) -> str | None:
         """Where AWS is, when it is not the real one."""
         return self.aws_endpoint_url or get_settings().aws_endpoint_url or None
@@ -71,6 +83,9 @@ class Warehouse(dg.ConfigurableResource):
 
     def close(self) -> None:
         """Close every connection."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
         if self._lake is not None:
             self._lake.close()
             self._lake = None

@@ -113,6 +113,14 @@ class World:
                 run_config=QUIET,
             )
 
+    def run_unpartitioned(self, names: Sequence[str]) -> dg.ExecuteInProcessResult:
+        """Materialise assets that have no partitions."""
+        with dg.DagsterInstance.ephemeral() as instance:
+            assets = [ASSETS[name] for name in names]
+            return dg.materialize(
+                assets, instance=instance, resources={"warehouse": self.warehouse()}, run_config=QUIET
+            )
+
     def query(self, sql: str, **parameters: Any) -> list[dict[str, Any]]:
         """Rows of the lake's newest release."""
         with Lake(self.folder / "lake", self.dsn) as lake:

@@ -17,7 +17,7 @@ from cloudoptim_pipelines.models import stage
 from cloudoptim_pipelines.partitions import DayRange, by_day, days_of
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
-from warehouse.lake.query import LakeReader, Limits, Snapshot
+from warehouse.lake.query import Snapshot
 from warehouse.lake.staging import Staged
 
 # A price holds until the next change. Pools change several times a day; a price older than this is not believed.
@@ -55,19 +55,16 @@ def compute(
     stage_days: Callable[[Snapshot, DayRange], Staged],
 ) -> dg.MaterializeResult:
     """Replace the run's days of one table, a month at a time: pin a release, run the model, publish."""
-    reader = LakeReader(warehouse.lake, Limits(memory="1GB"))
+    reader = warehouse.reader
     rows = partitions = 0
     release_id = 0
-    try:
-        for part in (chunk for days in days_of(context.partition_keys) for chunk in days.chunks(CHUNK_DAYS)):
-            with partition_locks(warehouse.database, table, [day.isoformat() for day in part.days()]):
-                staged = stage_days(reader.pin(), part)
-                release = warehouse.publish([staged], context.run.run_id)
-            rows += staged.rows
-            partitions += len(part.days())
-            release_id = release.id
-    finally:
-        reader.close()
+    for part in (chunk for days in days_of(context.partition_keys) for chunk in days.chunks(CHUNK_DAYS)):
+        with partition_locks(warehouse.database, table, [day.isoformat() for day in part.days()]):
+            staged = stage_days(reader.pin(), part)
+            release = warehouse.publish([staged], context.run.run_id)
+        rows += staged.rows
+        partitions += len(part.days())
+        release_id = release.id
     return dg.MaterializeResult(
         metadata={"dagster/partition_row_count": rows, "partitions": partitions, "lake_release": release_id}
     )

@@ -6,7 +6,6 @@ import dagster as dg
 
 from cloudoptim_pipelines.defs.costs.assets import cluster_cost_hourly
 from cloudoptim_pipelines.resources import Warehouse
-from warehouse.lake.query import LakeReader, Limits
 
 CHECKED_DAYS = timedelta(days=2)
 
@@ -30,11 +29,8 @@ _SUMS = """
 @dg.asset_check(asset=cluster_cost_hourly)
 def cluster_costs_add_up(warehouse: Warehouse) -> dg.AssetCheckResult:
     """Each cluster's hour costs exactly what its nodes cost, and no node ran more than sixty minutes of it."""
-    reader = LakeReader(warehouse.lake, Limits(memory="256MB"))
-    try:
-        since = (warehouse.now() - CHECKED_DAYS).date()
-        found = reader.query(_SUMS, {"since": since}, all_customers=True).to_pylist()[0]
-    finally:
-        reader.close()
+    reader = warehouse.reader
+    since = (warehouse.now() - CHECKED_DAYS).date()
+    found = reader.query(_SUMS, {"since": since}, all_customers=True).to_pylist()[0]
     passed = found["sums_differ"] == 0 and found["more_than_an_hour"] == 0
     return dg.AssetCheckResult(passed=passed, metadata=found)

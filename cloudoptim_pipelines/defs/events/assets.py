@@ -11,7 +11,6 @@ from cloudoptim_pipelines.merging import merge
 from cloudoptim_pipelines.partitions import DAY, by_day, day_start, days_of
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
-from warehouse.lake.query import LakeReader, Limits
 from warehouse.lake.store import PartitionWrite
 
 TIME = pl.Datetime("us", "UTC")
@@ -106,26 +105,23 @@ def _replace(
     context: dg.AssetExecutionContext, warehouse: Warehouse, table: str, query: str, schema: dict[str, Any], key: str
 ) -> dg.MaterializeResult:
     """Replace the run's days with what Postgres knows now; rows Postgres no longer has are kept."""
-    reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
+    reader = warehouse.reader
     rows = 0
-    try:
-        for days in days_of(context.partition_keys):
-            with partition_locks(warehouse.database, table, [day.isoformat() for day in days.days()]):
-                with warehouse.database.system() as connection:
-                    found = connection.execute(
-                        text(query), {"start": day_start(days.first), "end": day_start(days.last) + DAY}
-                    ).all()
-                fresh = pl.DataFrame([tuple(row) for row in found], schema=schema, orient="row")
-                existing = reader.pin().frame(
-                    f"SELECT * EXCLUDE (day) FROM {table} WHERE day BETWEEN $first AND $last",
-                    {"first": days.first, "last": days.last},
-                    all_customers=True,
-                )
-                frame = merge(existing, fresh, [key])
-                warehouse.publish([PartitionWrite(table, {"day": days.days()}, frame)], context.run.run_id)
-            rows += frame.height
-    finally:
-        reader.close()
+    for days in days_of(context.partition_keys):
+        with partition_locks(warehouse.database, table, [day.isoformat() for day in days.days()]):
+            with warehouse.database.system() as connection:
+                found = connection.execute(
+                    text(query), {"start": day_start(days.first), "end": day_start(days.last) + DAY}
+                ).all()
+            fresh = pl.DataFrame([tuple(row) for row in found], schema=schema, orient="row")
+            existing = reader.pin().frame(
+                f"SELECT * EXCLUDE (day) FROM {table} WHERE day BETWEEN $first AND $last",
+                {"first": days.first, "last": days.last},
+                all_customers=True,
+            )
+            frame = merge(existing, fresh, [key])
+            warehouse.publish([PartitionWrite(table, {"day": days.days()}, frame)], context.run.run_id)
+        rows += frame.height
     return dg.MaterializeResult(metadata={"dagster/partition_row_count": rows})
 
 

@@ -57,8 +57,8 @@ class Gap:
 def price_gaps(rows: Sequence[Coverage], *, now: datetime) -> list[Gap]:
     """Gaps of one region's Spot prices; points are minutes, for snapshots the snapshots.
 
-    Expected is every minute from the first day there is a partition of until now (the current day: until its last
-    refresh was due), and, where prices come as snapshots in a daily rhythm, every snapshot of the rhythm.
+    Expected is every minute from the first day there is a partition of until the last refresh was due, and, where
+    prices come as snapshots in a daily rhythm, every snapshot of the rhythm.
     """
     if not rows:
         return []
@@ -75,7 +75,7 @@ def price_gaps(rows: Sequence[Coverage], *, now: datetime) -> list[Gap]:
     for day in DayRange(first, max(today, max(by_day))).days():
         start, end = day_start(day), day_start(day) + DAY
         lost = "too_old" if end < now - AWS_KEEPS else "api_error"
-        due = min(end, now - REFRESH_GRACE) if day >= today else end
+        due = min(end, now - REFRESH_GRACE)
         row = by_day.get(day)
         if row is None or row.present == 0:
             add(day, start, due, lost)

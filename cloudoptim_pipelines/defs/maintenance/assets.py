@@ -11,7 +11,6 @@ from cloudoptim_pipelines.partitions import DAY, day_start
 from cloudoptim_pipelines.policies import OWNERS, RETRY
 from cloudoptim_pipelines.resources import Warehouse, code_version
 from warehouse.lake.maintenance import compact, vacuum
-from warehouse.lake.query import LakeReader, Limits
 
 # Agents may send again what is a day late; a week leaves time to mend a broken pipeline.
 RAW_KEPT = timedelta(days=7)
@@ -75,14 +74,11 @@ COMPACTED = ("spot_prices", "metric_5m")
 )
 def lake_maintenance(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """Joins small files, and removes files that no readable or kept release needs any more."""
-    reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
-    try:
-        compacted = sum(
-            len(compact(warehouse.lake, reader, table, run_id=context.run.run_id, code_version=code_version()))
-            for table in COMPACTED
-        )
-    finally:
-        reader.close()
+    reader = warehouse.reader
+    compacted = sum(
+        len(compact(warehouse.lake, reader, table, run_id=context.run.run_id, code_version=code_version()))
+        for table in COMPACTED
+    )
     report = vacuum(warehouse.lake)
     return dg.MaterializeResult(
         metadata={

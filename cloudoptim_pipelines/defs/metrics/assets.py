@@ -18,7 +18,7 @@ from cloudoptim_pipelines.partitions import DAY, by_day, day_start, days_of
 from cloudoptim_pipelines.policies import FILL_TAG, OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
 from warehouse.lake.computed import load_model
-from warehouse.lake.query import LakeReader, Limits
+from warehouse.lake.query import LakeReader
 from warehouse.lake.store import PartitionWrite
 
 TABLE = "metric_5m"
@@ -39,17 +39,14 @@ REFRESH_OVERLAP = timedelta(minutes=15)
 )
 def metric_5m(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """Agents' metrics in windows of five minutes: smallest, mean, largest and last value, in base units."""
-    reader = LakeReader(warehouse.lake, Limits(memory="1GB"))
+    reader = warehouse.reader
     fill_id = context.run.tags.get(FILL_TAG)
     rows = filled = 0
-    try:
-        for day in (day for days in days_of(context.partition_keys) for day in days.days()):
-            with coverage.partition_locks(warehouse.database, TABLE, [day.isoformat()]):
-                frame, made_up = _replace_day(warehouse, reader, day, context.run.run_id, fill_id)
-            rows += frame.height
-            filled += made_up
-    finally:
-        reader.close()
+    for day in (day for days in days_of(context.partition_keys) for day in days.days()):
+        with coverage.partition_locks(warehouse.database, TABLE, [day.isoformat()]):
+            frame, made_up = _replace_day(warehouse, reader, day, context.run.run_id, fill_id)
+        rows += frame.height
+        filled += made_up
     with warehouse.database.system() as connection:
         gaps = ledger.sync(connection, TABLE, now=warehouse.now(), keys=list(context.partition_keys))
         sources = ["interpolated"] if filled else []
@@ -210,23 +207,20 @@ KEEP_1H = timedelta(days=60)
 )
 def metrics_summary(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """Five-minute and hourly summaries of agents' metrics in Postgres, for pages and decisions."""
-    reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
+    reader = warehouse.reader
     now = warehouse.now()
     written = 0
-    try:
-        for day in (day for days in days_of(context.partition_keys) for day in days.days()):
-            with warehouse.database.system() as connection:
-                rows = coverage.load(connection, TABLE, keys=[day.isoformat()])
-            since = min((datetime.fromisoformat(row.detail["refreshed_from"]) for row in rows), default=day_start(day))
-            # An hourly value needs its whole hour again.
-            frame = _summaries(reader, day, since.replace(minute=0, second=0, microsecond=0), now)
-            if frame.is_empty():
-                continue
-            with warehouse.database.system() as connection:
-                connection.execute(_UPSERT_SUMMARY, {name: frame[name].to_list() for name in frame.columns})
-            written += frame.height
-    finally:
-        reader.close()
+    for day in (day for days in days_of(context.partition_keys) for day in days.days()):
+        with warehouse.database.system() as connection:
+            rows = coverage.load(connection, TABLE, keys=[day.isoformat()])
+        since = min((datetime.fromisoformat(row.detail["refreshed_from"]) for row in rows), default=day_start(day))
+        # An hourly value needs its whole hour again.
+        frame = _summaries(reader, day, since.replace(minute=0, second=0, microsecond=0), now)
+        if frame.is_empty():
+            continue
+        with warehouse.database.system() as connection:
+            connection.execute(_UPSERT_SUMMARY, {name: frame[name].to_list() for name in frame.columns})
+        written += frame.height
     return dg.MaterializeResult(metadata={"dagster/partition_row_count": written})
 
 

@@ -13,7 +13,7 @@ from cloudoptim_pipelines.partitions import DAY, DayRange, by_day_and_region, da
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
 from control.gateways.on_demand_prices import fetch_on_demand
-from warehouse.lake.query import LakeReader, Limits
+from warehouse.lake.query import LakeReader
 from warehouse.lake.store import PartitionWrite
 
 TABLE = "on_demand_prices"
@@ -49,17 +49,14 @@ KEY = ["region", "instance_type", "product", "ts"]
 )
 def on_demand_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """On-demand list price of every instance type of a region and day, USD per instance hour."""
-    reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
+    reader = warehouse.reader
     rows = fetched = 0
-    try:
-        for region, ranges in ranges_by_region(context.partition_keys).items():
-            listed = _fetch(warehouse, region)
-            fetched += listed.height
-            for days in ranges:
-                rows += _replace(warehouse, reader, region, days, listed, context.run.run_id)
-            _update_current(warehouse, region, listed)
-    finally:
-        reader.close()
+    for region, ranges in ranges_by_region(context.partition_keys).items():
+        listed = _fetch(warehouse, region)
+        fetched += listed.height
+        for days in ranges:
+            rows += _replace(warehouse, reader, region, days, listed, context.run.run_id)
+        _update_current(warehouse, region, listed)
     return dg.MaterializeResult(metadata={"dagster/partition_row_count": rows, "types_listed": fetched})
 
 

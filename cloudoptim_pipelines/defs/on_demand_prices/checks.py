@@ -7,7 +7,6 @@ import dagster as dg
 from cloudoptim_pipelines.defs.on_demand_prices.assets import on_demand_prices
 from cloudoptim_pipelines.partitions import REGIONS
 from cloudoptim_pipelines.resources import Warehouse
-from warehouse.lake.query import LakeReader, Limits
 
 _LISTS = """
     SELECT day, region, count(*) AS types, count(*) FILTER (WHERE price_usd_per_hour <= 0) AS not_positive
@@ -20,11 +19,8 @@ SMALLEST_SHARE_OF_YESTERDAY = 0.9
 @dg.asset_check(asset=on_demand_prices, blocking=True)
 def list_is_whole(warehouse: Warehouse) -> dg.AssetCheckResult:
     """Today's list has a positive price for every type, and about as many types as the list before it."""
-    reader = LakeReader(warehouse.lake, Limits(memory="256MB"))
-    try:
-        rows = reader.query(_LISTS, {"since": (warehouse.now() - timedelta(days=7)).date()}).to_pylist()
-    finally:
-        reader.close()
+    reader = warehouse.reader
+    rows = reader.query(_LISTS, {"since": (warehouse.now() - timedelta(days=7)).date()}).to_pylist()
     problems = [
         f"{row['region']}: {row['not_positive']} prices are not positive" for row in rows if row["not_positive"]
     ]

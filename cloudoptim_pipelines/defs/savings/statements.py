@@ -13,7 +13,7 @@ from sqlalchemy import Connection, insert, select, text
 
 from cloudoptim_pipelines.resources import Warehouse
 from warehouse.lake.computed import load_model
-from warehouse.lake.query import LakeReader, Limits, Snapshot
+from warehouse.lake.query import Snapshot
 from warehouse.postgres.models import Outbox, SavingsStatement, new_id
 
 BASELINE = "b1_list"
@@ -108,23 +108,17 @@ def write_statements(warehouse: Warehouse, period: Period) -> list[str]:
     One whose figures did not change since its newest revision is not written again: what was sent stays the newest.
     The release it read is kept for good, and `savings.report.ready` goes to the outbox in the same transaction.
     """
-    reader = LakeReader(warehouse.lake, Limits(memory="256MB"))
     written: list[str] = []
-    try:
-        snapshot = reader.pin()
+    snapshot = warehouse.reader.pin()
+    with warehouse.database.system() as connection:
+        customers = connection.execute(
+            text("SELECT id FROM customers WHERE status <> 'offboarded' ORDER BY id")
+        ).scalars()
+        ids = list(customers)
+    for customer_id in ids:
         with warehouse.database.system() as connection:
-            customers = connection.execute(
-                text("SELECT id FROM customers WHERE status <> 'offboarded' ORDER BY id")
-            ).scalars()
-            ids = list(customers)
-        for customer_id in ids:
-            with warehouse.database.system() as connection:
-                if statement_id := _write(connection, snapshot, customer_id, period):
-                    written.append(str(statement_id))
-        if written:
-            warehouse.lake.keep(snapshot.release.id)
-    finally:
-        reader.close()
+            if statement_id := _write(connection, snapshot, customer_id, period):
+                written.append(str(statement_id))
     return written
 
 
@@ -148,6 +142,9 @@ def _write(connection: Connection, snapshot: Snapshot, customer_id: UUID, period
     ).one_or_none()
     if newest is not None and newest.body == statement.body:
         return None
+    # Kept before anything refers to it: a statement without its release could never be told again.
+    if not snapshot.reader.lake.release(snapshot.release.id).kept:
+        snapshot.reader.lake.keep(snapshot.release.id)
     statement_id = new_id()
     revision = newest.revision + 1 if newest else 1
     connection.execute(
@@ -211,14 +208,9 @@ def recompute(warehouse: Warehouse, statement_id: UUID) -> Statement:
         ).one_or_none()
     if row is None:
         raise LookupError(f"there is no savings statement {statement_id}")
-    reader = LakeReader(warehouse.lake, Limits(memory="256MB"))
-    try:
-        period = Period(row.period, row.period_start, row.period_end)
-        again = compute_statement(
-            reader.pin(row.lake_release_id), row.customer_id, period, Decimal(row.body["fee_rate"])
-        )
-    finally:
-        reader.close()
+    period = Period(row.period, row.period_start, row.period_end)
+    snapshot = warehouse.reader.pin(row.lake_release_id)
+    again = compute_statement(snapshot, row.customer_id, period, Decimal(row.body["fee_rate"]))
     if again is None:
         raise LookupError(f"release {row.lake_release_id} holds nothing of {period} of statement {statement_id}")
     return again

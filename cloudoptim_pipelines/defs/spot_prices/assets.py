@@ -18,7 +18,7 @@ from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, price_k
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
 from control.gateways.spot_prices import SCHEMA, FetchReport, fetch_spot_prices
-from warehouse.lake.query import LakeReader, Limits
+from warehouse.lake.query import LakeReader
 from warehouse.lake.store import PartitionWrite
 
 TABLE = "spot_prices"
@@ -58,16 +58,13 @@ _UPSERT_CURRENT = text(
 )
 def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """Every change of every Spot price of a region and day, as AWS's price history tells it, USD per instance hour."""
-    reader = LakeReader(warehouse.lake, Limits(memory="512MB"))
+    reader = warehouse.reader
     total = _Outcome()
-    try:
-        for region, ranges in ranges_by_region(context.partition_keys).items():
-            for part in (chunk for days in ranges for chunk in days.chunks(CHUNK_DAYS)):
-                outcome = _ingest(warehouse, reader, region, part, context.run.run_id)
-                total.add(outcome)
-                context.log.info(f"{region} {part.first}..{part.last}: {outcome.totals['rows']} rows")
-    finally:
-        reader.close()
+    for region, ranges in ranges_by_region(context.partition_keys).items():
+        for part in (chunk for days in ranges for chunk in days.chunks(CHUNK_DAYS)):
+            outcome = _ingest(warehouse, reader, region, part, context.run.run_id)
+            total.add(outcome)
+            context.log.info(f"{region} {part.first}..{part.last}: {outcome.totals['rows']} rows")
     with warehouse.database.system() as connection:
         gaps = ledger.sync(connection, TABLE, now=warehouse.now())
         ledger.record(

@@ -7,7 +7,6 @@ import dagster as dg
 from cloudoptim_pipelines import coverage
 from cloudoptim_pipelines.defs.spot_prices.assets import TABLE, spot_prices
 from cloudoptim_pipelines.resources import Warehouse
-from warehouse.lake.query import LakeReader, Limits
 
 # The checks of each run look at this many days; the whole history was checked when it was written.
 CHECKED_DAYS = timedelta(days=2)
@@ -35,11 +34,8 @@ _SANE = """
 @dg.asset_check(asset=spot_prices, blocking=True)
 def prices_are_sane(warehouse: Warehouse) -> dg.AssetCheckResult:
     """Recent prices are positive, none is over fifty times on-demand, and they are not all the same."""
-    reader = LakeReader(warehouse.lake, Limits(memory="256MB"))
-    try:
-        found = reader.query(_SANE, {"since": (warehouse.now() - CHECKED_DAYS).date()}).to_pylist()[0]
-    finally:
-        reader.close()
+    reader = warehouse.reader
+    found = reader.query(_SANE, {"since": (warehouse.now() - CHECKED_DAYS).date()}).to_pylist()[0]
     # A constant price is what a stub answers (moto's 0.00001), never a market.
     frozen = found["pools"] > 10 and found["different_prices"] == 1
     passed = found["not_positive"] == 0 and found["over_50x"] == 0 and not frozen

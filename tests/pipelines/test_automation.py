@@ -1,0 +1,167 @@
+"""What Dagster loads, and when jobs are due."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import dagster as dg
+import psycopg
+import pytest
+from dagster._core.definitions.partitions.context import partition_loading_context
+
+from cloudoptim_pipelines.coverage import Coverage
+from cloudoptim_pipelines.definitions import defs
+from cloudoptim_pipelines.defs.costs.automation import current_days
+from cloudoptim_pipelines.defs.savings.automation import closing_days
+from cloudoptim_pipelines.defs.spot_prices.automation import due_days
+from cloudoptim_pipelines.pacing import RETRY_AFTER, LastRun, Outcome, why_not, why_not_today
+from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, days_of, ranges_by_region
+from tests.pipelines.conftest import World, at, price
+
+HOUR = timedelta(hours=1)
+UNPARTITIONED = {"data_gaps", "metric_retention", "lake_maintenance"}
+
+
+def assets() -> list[dg.AssetSpec]:
+    """Every asset's declaration."""
+    return list(defs.resolve_all_asset_specs())
+
+
+def test_every_asset_says_what_it_is_and_whose() -> None:
+    names = {spec.key.to_user_string() for spec in assets()}
+    assert names == {
+        "spot_prices",
+        "on_demand_prices",
+        "metric_5m",
+        "metrics_summary",
+        "events",
+        "interruptions",
+        "node_hours",
+        "node_cost_hourly",
+        "cluster_cost_hourly",
+        "savings_daily",
+        "savings_statements",
+        *UNPARTITIONED,
+    }
+    for spec in assets():
+        assert spec.owners, spec.key
+        assert spec.kinds, spec.key
+        assert spec.group_name != "default", spec.key
+        assert spec.description is not None
+        assert spec.description.endswith("."), spec.key
+        assert "\n" not in spec.description, spec.key
+        assert len(spec.description) < 160, spec.key
+
+
+def test_partitioned_assets_take_a_range_in_one_run_and_are_tried_again() -> None:
+    repository = defs.get_repository_def()
+    for key, asset in repository.assets_defs_by_key.items():
+        name = key.to_user_string()
+        assert asset.op.retry_policy is not None, name
+        if name in UNPARTITIONED:
+            continue
+        assert asset.backfill_policy == dg.BackfillPolicy.single_run(), name
+        assert asset.partitions_def is not None, name
+
+
+def test_ten_years_of_partitions_stay_under_dagsters_advice() -> None:
+    with partition_loading_context(at(20) + timedelta(days=3653)):
+        assert 10_000 < by_day_and_region.get_num_partitions() < 100_000
+
+
+def test_every_schedule_runs_without_being_switched_on() -> None:
+    schedules = list(defs.get_repository_def().schedule_defs)
+    assert len(schedules) == 7
+    assert all(schedule.default_status == dg.DefaultScheduleStatus.RUNNING for schedule in schedules)
+
+
+@pytest.mark.parametrize(
+    ("last", "due"),
+    [
+        (None, True),
+        (LastRun(at(20, 11, 59), Outcome.ACTIVE), False),
+        (LastRun(at(19), Outcome.ACTIVE), False),
+        (LastRun(at(20, 11, 30), Outcome.SUCCEEDED), False),
+        (LastRun(at(20, 11, 0, 8), Outcome.SUCCEEDED), True),
+        (LastRun(at(20, 11, 55), Outcome.FAILED), False),
+        (LastRun(at(20, 12) - RETRY_AFTER, Outcome.FAILED), True),
+    ],
+)
+def test_an_hourly_job(last: LastRun | None, due: bool) -> None:
+    assert (why_not(at(20, 12), last, every=HOUR) is None) == due
+
+
+@pytest.mark.parametrize(
+    ("now", "last", "due"),
+    [
+        (at(20, 0, 10), None, False),
+        (at(20, 0, 30), None, True),
+        (at(20, 9), LastRun(at(19, 0, 31), Outcome.SUCCEEDED), True),
+        (at(20, 9), LastRun(at(20, 0, 31), Outcome.SUCCEEDED), False),
+        (at(20, 9), LastRun(at(20, 8, 55), Outcome.FAILED), False),
+        (at(20, 9), LastRun(at(20, 8, 30), Outcome.FAILED), True),
+        (at(20, 9), LastRun(at(20, 8, 30), Outcome.ACTIVE), False),
+    ],
+)
+def test_a_daily_job(now: datetime, last: LastRun | None, due: bool) -> None:
+    assert (why_not_today(now, last, not_before=timedelta(minutes=30)) is None) == due
+
+
+def whole(day: int, region: str = "r-1") -> Coverage:
+    """A complete day."""
+    return Coverage("spot_prices", f"2026-11-{day}|{region}", region, at(day), at(day + 1), 1440, 1440)
+
+
+def test_prices_are_read_of_today_and_of_recent_days_that_are_not_complete() -> None:
+    now, first, day = at(20, 12), at(1).date(), lambda number: at(number).date()
+    assert due_days(now, first, [], ["r-1"]) == DayRange(day(18), day(20))
+    assert due_days(now, first, [whole(18), whole(19)], ["r-1"]) == DayRange(day(20), day(20))
+    assert due_days(now, first, [whole(18), whole(19)], ["r-1", "r-2"]) == DayRange(day(18), day(20))
+    half = Coverage("spot_prices", "2026-11-19|r-1", "r-1", at(19), at(19, 23), 1440, 1380)
+    assert due_days(now, first, [whole(18), half], ["r-1"]) == DayRange(day(19), day(20))
+    assert due_days(now, day(20), [], ["r-1"]) == DayRange(day(20), day(20))
+
+
+def test_the_running_day_takes_yesterday_along_shortly_after_midnight() -> None:
+    assert current_days(at(20, 0, 10)) == ("2026-11-19", "2026-11-20")
+    assert current_days(at(20, 0, 20)) == ("2026-11-20", "2026-11-20")
+
+
+def test_days_are_closed_until_their_savings_are_final() -> None:
+    assert closing_days(at(20, 1), at(1).date()) == ("2026-11-17", "2026-11-19")
+    assert closing_days(at(20, 1), at(19).date()) == ("2026-11-19", "2026-11-19")
+    assert closing_days(at(20, 1), at(20).date()) is None
+
+
+def test_partitions_of_a_run_need_not_be_one_rectangle() -> None:
+    keys = ["2026-11-03|b", "2026-11-01|a", "2026-11-02|a", "2026-11-05|a"]
+    day = lambda number: at(number).date()  # noqa: E731
+    assert ranges_by_region(keys) == {
+        "a": [DayRange(day(1), day(2)), DayRange(day(5), day(5))],
+        "b": [DayRange(day(3), day(3))],
+    }
+    assert days_of(["2026-11-02", "2026-11-01"]) == [DayRange(day(1), day(2))]
+    assert [(c.first.day, c.last.day) for c in DayRange(day(1), day(7)).chunks(3)] == [(1, 3), (4, 6), (7, 7)]
+
+
+def test_looking_whether_a_job_is_due_leaves_no_connection_behind(world: World, serve) -> None:
+    serve([price(at(20, 1), "m5.large", 0.03)])
+    repository = defs.get_repository_def()
+    schedule = repository.get_schedule_def("spot_prices_hourly")
+    with dg.DagsterInstance.local_temp(str(world.folder)) as instance:
+        for minute in range(3):
+            with dg.build_schedule_context(
+                instance=instance,
+                repository_def=repository,
+                resources={"warehouse": world.warehouse()},
+                scheduled_execution_time=at(20, 12, minute),
+            ) as context:
+                requests = schedule.evaluate_tick(context).run_requests
+                assert requests is not None
+                assert requests[0].tags["dagster/asset_partition_range_start"] == "2026-11-18|eu-west-1"
+                assert requests[0].tags["dagster/asset_partition_range_end"] == "2026-11-20|us-east-2"
+    with psycopg.connect(world.dsn) as connection:
+        left = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        ).fetchone()
+    assert left == (0,)
