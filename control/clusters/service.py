@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import structlog
@@ -31,8 +31,10 @@ from control.security.principal import Principal, Role
 from control.security.service import add_key
 from control.settings import Settings
 from warehouse.lake.errors import LakeError
-from warehouse.lake.query import LakeReader, Limits
 from warehouse.postgres.models import new_id
+
+if TYPE_CHECKING:
+    from warehouse.lake.query import LakeReader
 
 log = structlog.get_logger(__name__)
 
@@ -236,7 +238,10 @@ _reader_guard = threading.Lock()
 
 
 def lake_reader(settings: Settings) -> LakeReader:
-    """The process's reader; opening one costs hundreds of milliseconds."""
+    """The process's reader; opening one costs hundreds of milliseconds, and its libraries 100 MB: only a process that
+    is asked about history pays."""
+    from warehouse.lake.query import LakeReader, Limits
+
     global _reader
     with _reader_guard:
         if _reader is None or _reader.lake.storage.root != settings.lake_root:

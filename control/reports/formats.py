@@ -10,12 +10,8 @@ from datetime import UTC, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from control.reports.schemas import Statement
 
-MONEY = pa.decimal128(18, 8)
 # Spreadsheets run what starts with one of these; a quote in front makes it text.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
 
@@ -92,7 +88,11 @@ def to_csv(columns: tuple[str, ...], content: list[dict[str, Any]]) -> bytes:
 
 def to_parquet(statement: Statement) -> bytes:
     """The rows with money as decimals."""
-    kinds = {name: MONEY for name in COLUMNS if name.endswith("_usd")}
+    # Here and not above: the library costs 50 MB, and only this format needs it.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds: dict[str, Any] = {name: pa.decimal128(18, 8) for name in COLUMNS if name.endswith("_usd")}
     kinds |= {"hours_covered": pa.float64(), "revision": pa.int32()}
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
     out = io.BytesIO()

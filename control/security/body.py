@@ -134,6 +134,10 @@ def _too_large(limit: int) -> HTTPException:
     return HTTPException(413, f"The body is larger than {limit:,} bytes; send it in smaller parts.")
 
 
+def _unfolds_too_far(cap: int) -> HTTPException:
+    return HTTPException(413, f"The body unfolds to more than {cap:,} bytes; send it in smaller parts.")
+
+
 def decode(raw: bytes, encoding: str, max_bytes: int) -> bytes:
     """Unfold a compressed body within its cap.
 
@@ -146,7 +150,7 @@ def decode(raw: bytes, encoding: str, max_bytes: int) -> bytes:
     decoder: Callable[[bytes, int], bytes] = _gunzip if encoding == "gzip" else _unzstd
     body = decoder(raw, cap)
     if len(body) > cap:
-        raise HTTPException(413, f"The body unfolds to more than {cap:,} bytes; send it in smaller parts.")
+        raise _unfolds_too_far(cap)
     return body
 
 
@@ -162,12 +166,20 @@ def _gunzip(raw: bytes, cap: int) -> bytes:
 
 
 def _unzstd(raw: bytes, cap: int) -> bytes:
+    broken = HTTPException(400, "The body says it is zstd and is not, or is cut short.")
     try:
+        promised = zstandard.frame_content_size(raw)
+        if promised > cap:
+            raise _unfolds_too_far(cap)
         # The window bounds the decoder's own memory; a stream reader stops at the cap whatever the frame claims.
         with zstandard.ZstdDecompressor(max_window_size=8 * MIB).stream_reader(raw) as reader:
-            return reader.read(cap + 1)
+            body = reader.read(cap + 1)
     except zstandard.ZstdError:
-        raise HTTPException(400, "The body says it is zstd and is not, or is cut short.") from None
+        raise broken from None
+    # A frame that does not say its size and is cut short ends in JSON that does not parse.
+    if 0 <= promised != len(body):
+        raise broken
+    return body
 
 
 def check_json(body: bytes) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
 MIN_PASSWORD_LENGTH = 12
 _hasher = PasswordHasher()
-# Checked when the e-mail address is unknown, so that an unknown address takes as long as a wrong password.
-_NOBODY = _hasher.hash("nobody has this password")
 # Two at a time: a burst of logins must not take every thread and 64 MiB each.
 _turn = asyncio.Semaphore(2)
+
+
+@cache
+def _nobody() -> str:
+    """Checked when the e-mail address is unknown, so that an unknown address takes as long as a wrong password."""
+    return _hasher.hash("nobody has this password")
 
 
 async def hash_password(password: str) -> str:
@@ -26,7 +31,7 @@ async def verify_password(stored: str | None, password: str) -> bool:
 
     def check() -> bool:
         try:
-            return _hasher.verify(stored or _NOBODY, password)
+            return _hasher.verify(stored or _nobody(), password)
         except (VerificationError, InvalidHashError):
             return False
 
