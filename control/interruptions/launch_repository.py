@@ -380,6 +380,18 @@ async def save_templates(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]
     )
 
 
+_LIVING = text("""
+    SELECT instance_id FROM nodes WHERE cluster_id = :cluster_id AND terminated_at IS NULL
+    ORDER BY last_seen_at DESC LIMIT :limit
+""")
+
+
+async def living_instances(conn: AsyncConnection, cluster_id: UUID, *, limit: int) -> list[str]:
+    """Instances of a cluster's living nodes, those seen last first."""
+    result = await conn.execute(_LIVING, {"cluster_id": cluster_id, "limit": limit})
+    return [row.instance_id for row in result]
+
+
 # --- ready, never Ready, ending
 
 _READY = text("""

@@ -70,6 +70,9 @@ GIVE_UP_AFTER = timedelta(minutes=10)
 # A denied account is asked again every minute while a replacement still makes sense.
 BLOCKED_SECONDS = 60.0
 STOPPED_SECONDS = 10.0
+# Until some node of the cluster can be looked at, or the window closes.
+TEMPLATE_SECONDS = 10.0
+NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launched"
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
 MARKET_SECONDS = 30.0
@@ -148,7 +151,13 @@ class Launcher:
         if ended:
             await self._apply_all(ended, Cancel("the instance was ended by its owner, not reclaimed"))
             intents = [intent for intent in intents if intent.id not in ended]
-        await self._commit_plan(cluster, intents, kept)
+        unknown = [intent.id for intent in intents if intent.id not in kept]
+        if unknown:
+            async with self.runtime.db.system() as conn:
+                await launch_repository.postpone_intents(
+                    conn, unknown, worker=self.runtime.worker, seconds=TEMPLATE_SECONDS, reason=NO_TEMPLATE
+                )
+        await self._commit_plan(cluster, [intent for intent in intents if intent.id in kept], kept)
 
     async def _commit_plan(
         self, cluster: ClusterFacts, intents: list[IntentRow], templates: Mapping[UUID, dict[str, Any]]
@@ -170,20 +179,17 @@ class Launcher:
                 state = _intent(row, attempts[row.id])
                 if state.state is IntentState.BLOCKED:
                     state, _ = apply_launch(state, Unblocked())
-                template = templates.get(row.id)
-                choice: Choice | str = "no running instance of the cluster shows how its nodes are launched"
-                if template is not None:
-                    market = Market(
-                        zones=sorted(template["subnets"]) or sorted({zone for zone, _ in spot}),
-                        types=types,
-                        spot=spot,
-                        standings=standings,
-                    )
-                    choice = choose(_wanted(row), market, limits, [_pool(attempt) for attempt in attempts[row.id]])
+                template = templates[row.id]
+                market = Market(
+                    zones=sorted(template["subnets"]) or sorted({zone for zone, _ in spot}),
+                    types=types,
+                    spot=spot,
+                    standings=standings,
+                )
+                choice = choose(_wanted(row), market, limits, [_pool(attempt) for attempt in attempts[row.id]])
                 if isinstance(choice, str):
                     moves.move(row, attempts[row.id], state, NoCandidate(choice))
                     continue
-                assert template is not None
                 after = moves.move(row, attempts[row.id], state, Attempted(), decided_by=choice.reason)
                 if after.state is IntentState.LAUNCHING:
                     planned.append(_Planned(row, choice.pool, choice.reason, template))
@@ -310,6 +316,13 @@ class Launcher:
         }
         if fresh:
             by_instance |= await self.learn_templates(cluster, list(fresh.values()), credentials)
+        if not by_instance:
+            # The first of a cluster, and already gone: any of its living nodes shows how it is done.
+            async with self.runtime.db.system() as conn:
+                others = await launch_repository.living_instances(conn, cluster.cluster_id, limit=20)
+            alive = await self.describe(cluster.region, credentials, others) if others else {}
+            shown = [instance for instance in alive.values() if instance.get("SubnetId")]
+            by_instance |= await self.learn_templates(cluster, shown, credentials) if shown else {}
         newest = kept[0][0] if kept else next(iter(by_instance.values()), None)
         found = {intent_id: by_instance.get(instance_id, newest) for intent_id, instance_id in wanted.items()}
         return {intent_id: template for intent_id, template in found.items() if template is not None}, ended

@@ -70,17 +70,21 @@ class Stage:
                 "InstanceType": instance_type,
                 "MinCount": count,
                 "MaxCount": count,
-                "Placement": {"AvailabilityZone": zone},
                 "InstanceMarketOptions": {"MarketType": "spot"},
             },
             region=self.tenant.region,
             credentials=Credentials(keys.access_key_id, keys.secret_access_key),
         )
         await gateway.close()
-        ids = [instance["InstanceId"] for instance in answer["Instances"]]
-        for instance_id in ids:
-            await self.tenant.node(instance_id, instance_type=instance_type, availability_zone=zone)
-        return ids
+        for instance in answer["Instances"]:
+            zone = instance["Placement"]["AvailabilityZone"]
+            await self.tenant.node(instance["InstanceId"], instance_type=instance_type, availability_zone=zone)
+        return [instance["InstanceId"] for instance in answer["Instances"]]
+
+    def zone_of(self, instance_id: str) -> str:
+        """The zone an instance is in."""
+        (found,) = [i for i in self.aws.instances() if i.instance_id == instance_id]
+        return found.zone_name
 
     def ours(self, *, alive: bool = False) -> list[Instance]:
         """Instances that carry our tag."""

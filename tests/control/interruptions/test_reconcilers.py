@@ -1,0 +1,317 @@
+"""What the loops that compare tables with the cloud find, mend and leave alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from control.gateways.aws import AwsGateway, Credentials
+from control.interruptions import closing
+from control.interruptions.launching import Launcher
+from control.interruptions.reconcilers import invariants, missed, never_ready, orphans, ready
+from control.interruptions.reconcilers import launch as launch_reconciler
+from control.interruptions.reconcilers.ending import Ending, allowed
+from control.interruptions.runtime import Runtime
+from control.interruptions.service import Received, ingest
+from control.sandbox.aws.faults import Fault
+from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from warehouse.contracts import EventSource
+from warehouse.postgres.models import new_id
+
+
+@pytest.fixture
+async def launcher(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Launcher]:
+    """The loops of a worker, turned by hand."""
+    keys = stage.aws.credentials()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
+    aws = AwsGateway(endpoint_url=stage.aws.url)
+    yield Launcher(Runtime(stage.db, stage.db, aws, stage.bells, "by-hand", DEPLOYMENT))
+    await aws.close()
+
+
+async def _warn(stage: Stage, instance_id: str) -> Any:
+    facts = await stage.tenant.facts()
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(instance_id)), EventSource.SQS)])
+    return await stage.tenant.row("SELECT * FROM interruptions WHERE instance_id = :i", i=instance_id)
+
+
+async def _launch(stage: Stage, launcher: Launcher) -> None:
+    await launcher.plan_round()
+    await launcher.finish_calls(10)
+
+
+def _age(stage: Stage, seconds: float = 3600.0) -> None:
+    for instance in stage.aws._instances.by_id.values():
+        instance.launched_at -= seconds
+
+
+async def _our_instance(stage: Stage, *, batch_id: UUID, tenant: UUID | None = None) -> str:
+    """An instance with our tags that no call of this test made."""
+    keys = stage.aws.credentials(stage.tenant.account_id)
+    gateway = AwsGateway(endpoint_url=stage.aws.url)
+    tags = {
+        "cloudoptim:managed": DEPLOYMENT,
+        "cloudoptim:tenant": str(tenant or stage.tenant.customer_id),
+        "cloudoptim:cluster": str(stage.tenant.cluster_id),
+        "cloudoptim:batch": str(batch_id),
+    }
+    answer = await gateway.call(
+        "ec2",
+        "RunInstances",
+        {
+            "ImageId": "ami-0c0ffee00000x8664",
+            "InstanceType": "m5.large",
+            "MinCount": 1,
+            "MaxCount": 1,
+            "TagSpecifications": [
+                {"ResourceType": "instance", "Tags": [{"Key": k, "Value": v} for k, v in tags.items()]}
+            ],
+        },
+        region="us-east-1",
+        credentials=Credentials(keys.access_key_id, keys.secret_access_key),
+    )
+    await gateway.close()
+    return answer["Instances"][0]["InstanceId"]
+
+
+def _state(stage: Stage, instance_id: str) -> str:
+    (found,) = [i for i in stage.aws.instances() if i.instance_id == instance_id]
+    return found.state(stage.aws._instances.clock())
+
+
+async def test_a_warning_the_queue_never_brought_is_found_by_the_poll(stage: Stage, launcher: Launcher) -> None:
+    instance, other = await stage.launch_nodes(2)
+    stage.aws.interrupt(instance)
+    assert await missed.run_once(launcher) == 1
+    interruption = await stage.tenant.row("SELECT * FROM interruptions WHERE customer_id = :customer_id")
+    assert (interruption.instance_id, interruption.detected_by) == (instance, ["poll"])
+    assert interruption.kind == "spot_interruption"
+    health = await stage.tenant.row("SELECT * FROM intake_health WHERE detector = 'poll'")
+    assert health.state == "ok"
+    # The same answer teaches how nodes are launched, and the round is nobody's for a minute.
+    templates = await stage.tenant.row("SELECT instance_ids FROM launch_templates")
+    assert other in templates.instance_ids
+    assert await missed.run_once(launcher) == 0
+
+
+async def test_an_instance_that_ended_without_a_word_is_found_by_the_poll(stage: Stage, launcher: Launcher) -> None:
+    instance, _ = await stage.launch_nodes(2)
+    stage.agent_works = False
+    stage.aws.terminate(instance, reason="Server.SpotInstanceTermination")
+    assert await missed.run_once(launcher) == 1
+    await _launch(stage, launcher)
+    intent = await stage.tenant.row("SELECT * FROM launch_intents")
+    assert intent.state in ("launched", "ready")
+
+
+async def test_an_instance_its_owner_ended_is_not_replaced(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.terminate(instance, reason="Client.UserInitiatedShutdown")
+    await missed.run_once(launcher)
+    await _launch(stage, launcher)
+    intent = await stage.tenant.row("SELECT * FROM launch_intents")
+    assert (intent.state, stage.ours()) == ("cancelled", [])
+
+
+async def test_a_lost_answer_is_asked_for_again_with_the_same_token(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("drop_after", action="RunInstances"))
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    batch = await stage.tenant.row("SELECT * FROM launch_batches")
+    assert (batch.state, batch.calls, len(stage.ours())) == ("unknown", 1, 1)
+    await stage.tenant.rows("UPDATE launch_batches SET next_action_at = now() RETURNING 1")
+    assert await launch_reconciler.run_once(launcher) == 1
+    attempt = await stage.tenant.row("SELECT * FROM launch_attempts")
+    assert (attempt.state, [attempt.instance_id]) == ("launched", [i.instance_id for i in stage.ours()])
+
+
+async def test_after_ten_minutes_an_instance_is_adopted_by_its_tag(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("drop_after", action="RunInstances", count=None))
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    await stage.tenant.rows(
+        "UPDATE launch_batches SET next_action_at = now(), first_called_at = now() - interval '11 minutes' RETURNING 1"
+    )
+    await launch_reconciler.run_once(launcher)
+    attempt = await stage.tenant.row("SELECT * FROM launch_attempts")
+    assert (attempt.state, [attempt.instance_id]) == ("adopted", [i.instance_id for i in stage.ours()])
+
+
+async def test_no_answer_and_no_instance_for_ten_minutes_is_given_up_and_never_doubled(
+    stage: Stage, launcher: Launcher
+) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("drop_before", action="RunInstances", count=None))
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    await stage.tenant.rows(
+        "UPDATE launch_batches SET next_action_at = now(), first_called_at = now() - interval '11 minutes' RETURNING 1"
+    )
+    await launch_reconciler.run_once(launcher)
+    attempt = await stage.tenant.row("SELECT a.state, l.state AS intent FROM launch_attempts a, launch_intents l")
+    assert (attempt.state, attempt.intent) == ("abandoned", "exhausted")
+    assert await launcher.plan_round() == 0
+
+
+async def test_no_capacity_goes_down_the_ladder_and_is_remembered(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("ice", action="RunInstances", count=2))
+    await _warn(stage, instance)
+    for _ in range(3):
+        await _launch(stage, launcher)
+    attempts = await stage.tenant.rows("SELECT * FROM launch_attempts ORDER BY attempt_no")
+    assert [attempt.state for attempt in attempts] == ["failed", "failed", attempts[2].state]
+    pools = [(a.instance_type, a.availability_zone, a.node_type) for a in attempts]
+    assert len(set(pools)) == 3
+    assert ("m5.large", stage.zone_of(instance), "spot") not in pools
+    assert attempts[2].instance_id is not None
+    refused = await stage.tenant.rows("SELECT * FROM pool_standings WHERE refusals > 0 AND instance_type <> '*'")
+    assert len(refused) == 2
+
+
+async def test_six_refusals_are_the_end_and_an_alarm(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("ice", action="RunInstances", count=None))
+    await _warn(stage, instance)
+    for _ in range(8):
+        await _launch(stage, launcher)
+    intent = await stage.tenant.row("SELECT * FROM launch_intents")
+    attempts = await stage.tenant.rows("SELECT * FROM launch_attempts")
+    assert intent.state == "exhausted"
+    assert 1 <= len(attempts) <= 6
+    assert any(attempt.node_type == "on-demand" for attempt in attempts)
+
+
+async def test_a_replacement_that_is_never_ready_is_ended_and_tried_again(stage: Stage, launcher: Launcher) -> None:
+    stage.join_seconds = 3600
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
+    assert await never_ready.run_once(launcher.runtime) == 1
+    first = await stage.tenant.row("SELECT * FROM launch_attempts")
+    assert first.state == "terminating"
+    assert await launcher.plan_round() == 0, "two of one intent would be alive"
+    assert await Ending(launcher).run_once() == 1
+    assert _state(stage, first.instance_id) in ("shutting-down", "terminated")
+    await _launch(stage, launcher)
+    attempts = await stage.tenant.rows("SELECT state FROM launch_attempts ORDER BY attempt_no")
+    assert [attempt.state for attempt in attempts] == ["terminated", "launched"]
+
+
+async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    batch = await stage.tenant.row("SELECT id FROM launch_batches")
+    orphan = await _our_instance(stage, batch_id=batch.id)
+    foreign = await _our_instance(stage, batch_id=batch.id, tenant=new_id())
+    young = await orphans.run_once(launcher)
+    assert young == 0, "an instance younger than a minute may have its row under way"
+    _age(stage)
+    await stage.tenant.rows("UPDATE round_claims SET claimed_until = now() RETURNING 1")
+    assert await orphans.run_once(launcher) == 1
+    assert _state(stage, orphan) in ("shutting-down", "terminated")
+    for kept in (instance, foreign, *(i.instance_id for i in stage.ours(alive=True))):
+        assert _state(stage, kept) == "running"
+
+
+async def test_orphans_are_ended_a_few_at_a_time(stage: Stage, launcher: Launcher) -> None:
+    assert [allowed(nodes) for nodes in (0, 1, 19, 20, 40, 100)] == [1, 1, 1, 1, 2, 5]
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    batch = await stage.tenant.row("SELECT id FROM launch_batches")
+    for _ in range(3):
+        await _our_instance(stage, batch_id=batch.id)
+    _age(stage)
+    assert await orphans.run_once(launcher) == 1
+
+
+async def test_a_restored_database_adopts_and_ends_nothing(stage: Stage, launcher: Launcher) -> None:
+    lost = await _our_instance(stage, batch_id=new_id())
+    _age(stage)
+    assert await orphans.run_once(launcher) == 0
+    adopted = await stage.tenant.row("SELECT * FROM adopted_instances")
+    assert (adopted.instance_id, adopted.cluster_id) == (lost, stage.tenant.cluster_id)
+    deployment = await stage.tenant.row("SELECT * FROM deployments")
+    assert (deployment.deployment_id, deployment.adopt_only) == (DEPLOYMENT, True)
+
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    await stage.tenant.rows("UPDATE launch_attempts SET state = 'terminating' RETURNING 1")
+    assert await Ending(launcher).run_once() == 0
+    assert {_state(stage, i.instance_id) for i in stage.ours()} == {"running"}
+
+
+async def test_the_mark_of_another_customer_is_never_terminated(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+    attempt = await stage.tenant.row("SELECT * FROM launch_attempts")
+    stage.aws._instances.by_id[attempt.instance_id].tags["cloudoptim:tenant"] = str(new_id())
+    await stage.tenant.rows("UPDATE launch_attempts SET state = 'terminating' RETURNING 1")
+    assert await Ending(launcher).run_once() == 0
+    assert _state(stage, attempt.instance_id) == "running"
+
+
+async def test_a_denied_account_blocks_and_goes_on_when_mended(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    stage.aws.inject(Fault("error", action="RunInstances", code="UnauthorizedOperation", status=403))
+    await _launch(stage, launcher)
+    intent = await stage.tenant.row("SELECT * FROM launch_intents")
+    assert (intent.state, "UnauthorizedOperation" in intent.reason) == ("blocked", True)
+    await stage.tenant.rows("UPDATE launch_intents SET next_action_at = now() RETURNING 1")
+    await _launch(stage, launcher)
+    assert (await stage.tenant.row("SELECT state FROM launch_intents")).state == "launched"
+
+
+async def test_a_late_node_is_matched_and_nobodys_instance_ends_in_quarantine(stage: Stage, launcher: Launcher) -> None:
+    interruption = await _warn(stage, "i-0123456789abcdef0")
+    assert interruption.state == "unmatched"
+    assert await closing.settle_unmatched(launcher.runtime) == 0
+    await stage.tenant.node("i-0123456789abcdef0")
+    assert await closing.settle_unmatched(launcher.runtime) == 1
+    matched = await stage.tenant.row("SELECT * FROM interruptions")
+    assert (matched.state, matched.cluster_id) == ("open", stage.tenant.cluster_id)
+    task = await stage.tenant.row("SELECT * FROM agent_tasks")
+    assert task.parameters["instance_id"] == "i-0123456789abcdef0"
+
+    nobody = await _warn(stage, "i-0fedcba9876543210")
+    await stage.tenant.rows("UPDATE interruptions SET received_at = now() - interval '11 minutes' RETURNING 1")
+    await closing.settle_unmatched(launcher.runtime)
+    closed = await stage.tenant.row("SELECT * FROM interruptions WHERE id = :id", id=nobody.id)
+    assert (closed.state, closed.outcome) == ("closed", "unmatched")
+    kept = await stage.tenant.row("SELECT * FROM inbox_messages WHERE outcome = 'quarantined'")
+    assert kept.reason.startswith("unowned")
+    assert json.loads(kept.body)["detail"]["instance-id"] == "i-0fedcba9876543210"
+
+
+async def test_the_sweep_finds_what_should_not_be(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    interruption = await _warn(stage, instance)
+    assert await invariants.run_once(launcher.runtime) == 0
+    await stage.tenant.rows("UPDATE interruptions SET version = 7 WHERE id = :id RETURNING 1", id=interruption.id)
+    await stage.tenant.rows("UPDATE round_claims SET claimed_until = now() RETURNING 1")
+    assert await invariants.run_once(launcher.runtime) == 1
+
+
+async def test_a_ready_node_is_seen(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await _launch(stage, launcher)
+
+    async def seen() -> int:
+        return await ready.run_once(launcher.runtime)
+
+    assert await stage.until(seen, 10) == 1
+    assert (await stage.tenant.row("SELECT state FROM launch_intents")).state == "ready"
