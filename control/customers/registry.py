@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo, available_timezones
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from control.errors import Invalid
-from control.interruptions.policies import DEFAULT_POLICIES, Policy
+from control.interruptions.policies import DEFAULT_LAUNCHES_PER_HOUR, DEFAULT_POLICIES, Policy
 from warehouse.contracts import EventKind
 
 
@@ -170,7 +170,7 @@ REGISTRY: dict[str, Key] = {
         _key(
             "max_launches_per_hour",
             Annotated[int, Field(ge=0, le=10_000, strict=True)],
-            50,
+            DEFAULT_LAUNCHES_PER_HOUR,
             "Cap of launches within an hour, over all clusters.",
         ),
         _key(

@@ -23,8 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control.gateways.aws import AwsError, Credentials, Role, client_token
 from control.interruptions import answers, launch_repository, metrics, pools, repository
 from control.interruptions.answers import Meaning, Reading
-from control.interruptions.choosing import Choice, Limits, Market, Pool, TypeFacts, Wanted, choose
+from control.interruptions.choosing import Limits, Market, Pool, TypeFacts, Wanted, choose
 from control.interruptions.launch_repository import AttemptRow, BatchRow, ClusterFacts, IntentRow
+from control.interruptions.policies import DEFAULT_LAUNCHES_PER_HOUR
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import (
     Abandoned,
@@ -76,7 +77,6 @@ NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launch
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
 MARKET_SECONDS = 30.0
-DEFAULT_LAUNCHES_PER_HOUR = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,9 @@ URGENT_CODES = ("RETIREMENT", "DEGRADED", "IMPAIRED", "INSTANCE_STOP", "POWER_MA
 # An agent reports every 30 s; a node it saw this recently is alive whatever an old message says.
 SEEN_RECENTLY = timedelta(seconds=90)
 
+# A storm may take hundreds of nodes within a minute and each wants its replacement; beyond this somebody should look.
+DEFAULT_LAUNCHES_PER_HOUR = 1000
+
 
 class Policy(StrEnum):
     """What a customer wants done about a kind of event."""
