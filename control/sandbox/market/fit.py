@@ -158,7 +158,7 @@ def statistics(panels: Sequence[Panel]) -> Statistics:
     values["price changed after ~7 h, 10 % of pools below"] = float(np.quantile(change_share, 0.1))
     values["price changed after ~7 h, 10 % of pools above"] = float(np.quantile(change_share, 0.9))
     values["price changed after ~4 h, mean"] = float(np.mean(short))
-    values["size of a change, median |d log|"] = float(np.median(np.concatenate(sizes)))
+    values["size of a change, median change of log"] = float(np.median(np.concatenate(sizes)))
     values["volatility, sd of d log over ~7 h"] = float(np.std(np.concatenate(steps)))
     values["autocorrelation of consecutive changes"] = float(np.mean(follow))
     grids = []
