@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 STEP_THREADS = 8
 HEARTBEAT_SECONDS = 5.0  # a lease lasts 15 s
 RETRY_SECONDS = 1.0  # after an error of the Kubernetes API
+# A rotated token is read again within a minute (cluster.TOKEN_REREAD_SECONDS).
+CREDENTIALS_LIMIT = timedelta(seconds=75)
 MAX_IN_FLIGHT = 256
 REPORTS_KEPT_SECONDS = 24 * 3600
 FINISHED_REMEMBERED = 1000
@@ -280,8 +282,10 @@ class Board:
             self._runs.pop(run.task.task_id, None)
 
     def _after_error(self, run: Run, error: ClusterError, now: datetime) -> Again | Finished:
-        temporary = error.status in (0, 409, 429) or error.status >= 500
+        temporary = error.status in (0, 401, 409, 429) or error.status >= 500
         give_up_at = run.task.deadline or run.started_at + DEFAULT_LIMIT
+        if error.status == 401:
+            give_up_at = min(give_up_at, run.started_at + CREDENTIALS_LIMIT)
         if temporary and now < give_up_at:
             log.warning("task %s: %s; trying again", run.task.task_id, error)
             return Again(RETRY_SECONDS)

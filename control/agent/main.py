@@ -26,6 +26,8 @@ POLL_LIMIT = 50
 METRICS_KEPT_SECONDS = 6 * 3600
 EVENTS_KEPT_SECONDS = 3600  # a notice says nothing after its two minutes; what happened is in the state by then
 STOP_SECONDS = 4.0
+# Four long polls without an answer: the server is away, or this process hangs.
+HEALTHY_SECONDS = 120.0
 
 
 class Agent:
@@ -51,7 +53,7 @@ class Agent:
         self._stop = threading.Event()
         self._metrics_due = threading.Event()
         self._events_due = threading.Event()
-        self._last_poll = 0.0
+        self._last_poll = time.monotonic()
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT."""
@@ -222,11 +224,14 @@ class Agent:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path != "/healthz":
+                    self.send_error(404)
+                    return
                 silent = time.monotonic() - agent._last_poll
-                healthy = self.path == "/healthz" and silent < 120
+                healthy = silent < HEALTHY_SECONDS
                 self.send_response(200 if healthy else 503)
                 self.end_headers()
-                self.wfile.write(b"ok\n" if healthy else f"no poll answered for {silent:.0f} s\n".encode())
+                self.wfile.write(b"ok\n" if healthy else f"no poll was answered for {silent:.0f} s\n".encode())
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Probes are not worth a log line."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from control.sandbox.aws import Instance, SandboxAWS
-from control.sandbox.fleet.launch import INITIAL_TAG, launch_cluster
+from control.sandbox.fleet.launch import INITIAL_TOKEN_PREFIX, launch_cluster
 from control.sandbox.fleet.load import usage
 from control.sandbox.fleet.manifests import (
     budget_object,
@@ -256,12 +256,13 @@ class Fleet:
                 self._leave(runtime, member, instance, now)
 
     def _maybe_join(self, runtime: Runtime, instance: Instance, now: float) -> None:
-        if INITIAL_TAG in instance.tags:
+        initial = instance.client_token.startswith(INITIAL_TOKEN_PREFIX)
+        if initial:  # a fleet that has always been there
             joined_at = ready_at = now
         else:
             joined_at = instance.launched_at + _spread(instance.instance_id, "join", self.config.join_seconds)
             ready_at = joined_at + _spread(instance.instance_id, "ready", self.config.ready_seconds)
-        if joined_at > now or (instance.state(now) == "pending" and INITIAL_TAG not in instance.tags):
+        if joined_at > now or (instance.state(now) == "pending" and not initial):
             return
         kind = self._catalogue.types[instance.instance_type]
         moment = datetime.fromtimestamp(now, UTC)

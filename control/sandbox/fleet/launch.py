@@ -12,7 +12,8 @@ from control.sandbox.fleet.plan import ClusterPlan, NodeGroup
 
 log = logging.getLogger(__name__)
 
-INITIAL_TAG = "cloudoptim-sandbox:initial"
+# A tag would not do as the mark of the first launch: whoever replaces an instance copies its tags.
+INITIAL_TOKEN_PREFIX = "sandbox-"
 # The zone has none of it, or none left: the next zone may.
 _ELSEWHERE = ("InsufficientInstanceCapacity", "Unsupported", "SpotMaxPriceTooLow")
 
@@ -100,7 +101,6 @@ def _request(
         "eks:cluster-name": plan.name,
         "eks:nodegroup-name": group.name,
         "k8s.io/cluster-autoscaler/enabled": "true",
-        INITIAL_TAG: "true",
     }
     request: dict[str, Any] = {
         "ImageId": image_ids[_architecture(group.instance_type)],
@@ -109,7 +109,7 @@ def _request(
         "MaxCount": count,
         "SubnetId": subnet_id,
         "SecurityGroupIds": security_groups,
-        "ClientToken": f"sandbox-{plan.name}-{group.name}-{zone}",
+        "ClientToken": f"{INITIAL_TOKEN_PREFIX}{plan.name}-{group.name}-{zone}",
         "TagSpecifications": [
             {"ResourceType": "instance", "Tags": [{"Key": key, "Value": value} for key, value in tags.items()]}
         ],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import time
 
+import httpx
 import pytest
 from kubernetes.client import ApiException
 
+from control.embedded import free_port
 from tests.control.agent.harness import World, eventually
 
 
@@ -255,3 +257,32 @@ def test_the_agent_stops_within_five_seconds_of_sigterm(world: World) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert time.monotonic() - started < 5
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for_until_the_deadline(world: World) -> None:
+    instance = world.add_node("n1")
+    world.start_agent()
+    eventually(lambda: world.server.batches)
+    world.cluster.api.tokens.clear()  # every answer is 401 now, as while a token is rotated
+    me = {"node_name": "n1", "instance_id": instance}
+    short, long = world.server.add("cordon_node", 2, **me), world.server.add("cordon_node", 60, **me)
+    failed = world.server.ended(short)
+    assert (failed.status, "401" in failed.detail["reason"]) == ("failed", True)
+    world.cluster.api.tokens.add(World.TOKEN)
+    assert world.server.ended(long).status == "done"
+
+
+def test_health_is_served_on_request(world: World) -> None:
+    world.add_node("n1")
+    port = free_port()
+    world.start_agent(CLOUDOPTIM_AGENT_HEALTH_PORT=str(port))
+    eventually(lambda: world.server.polls)
+
+    def healthy() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    eventually(healthy)
+    assert httpx.get(f"http://127.0.0.1:{port}/other", timeout=2).status_code == 404
