@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from control.supervisor.sweep import processes_of
-from tests.control.supervisor.harness import STOP_SECONDS, environment, runs_in
+from tests.control.supervisor.harness import STOP_SECONDS, Run, environment, runs_in
 
 LATER_START_SECONDS = 45
 IDLE_MEMORY_MB = 2200
@@ -26,17 +26,30 @@ PROCESSES = {
 }
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """A started product, and afterwards its stop and second start in the same home."""
-    with runs_in(tmp_path_factory.mktemp("up")) as start:
-        yield start().until_ready(), start
-
-
 @pytest.mark.acceptance
 @pytest.mark.timeout(400)
-def test_everything_starts_answers_stops_and_resumes(running):
-    run, start = running
+def test_everything_starts_answers_stops_and_resumes(tmp_path):
+    with runs_in(tmp_path) as start:
+        run = start().until_ready()
+        addresses = run.addresses
+        _everything_is_there(run)
+        _a_killed_worker_is_mended(run)
+        _it_is_small(run)
+        _it_stops_without_a_trace(run)
+
+        began = time.monotonic()
+        again = start().until_ready()
+        took = time.monotonic() - began
+        print(f"second start: {took:.1f} s")  # noqa: T201
+        assert took <= LATER_START_SECONDS, again.text
+        for part in ("addresses", "admin_api_key", "sandbox"):
+            assert again.addresses[part] == addresses[part]
+        with psycopg.connect(again.addresses["addresses"]["postgres"]) as connection:
+            assert connection.execute("SELECT count(*) FROM clusters").fetchone() == (3,)
+        _it_stops_without_a_trace(again)
+
+
+def _everything_is_there(run: Run) -> None:
     addresses = run.addresses
     assert stat.S_IMODE((run.home / "run" / "addresses.json").stat().st_mode) == 0o600
     assert set(addresses["addresses"]) == {"control", "dagster", "dashboards", "postgres", "redis", "aws", "lake"}
@@ -72,12 +85,15 @@ def test_everything_starts_answers_stops_and_resumes(running):
     }
     assert listening <= loopback
 
-    # The worker is mended after a kill.
-    worker = addresses["processes"]["worker"]["pid"]
+
+def _a_killed_worker_is_mended(run: Run) -> None:
+    worker = run.addresses["processes"]["worker"]["pid"]
     os.kill(worker, signal.SIGKILL)
     run.until(lambda: run.addresses["processes"].get("worker", {}).get("pid") not in {None, worker}, 30)
     assert "worker ended (terminated by SIGKILL)" in run.text
 
+
+def _it_is_small(run: Run) -> None:
     footprint = subprocess.run(
         [sys.executable, "-m", "control.supervisor.footprint", "--seconds", "5"],
         env=environment(run.home),
@@ -89,22 +105,12 @@ def test_everything_starts_answers_stops_and_resumes(running):
     print(footprint)  # noqa: T201
     assert memory_mb <= IDLE_MEMORY_MB, footprint
 
+
+def _it_stops_without_a_trace(run: Run) -> None:
+    addresses = run.addresses
     assert run.stop() < STOP_SECONDS
     assert processes_of(run.home) == []
     assert not (run.home / "run" / "addresses.json").exists()
     for url in (addresses["addresses"][name] for name in ("control", "dagster", "dashboards", "aws")):
         with socket.socket() as probe:
             assert probe.connect_ex((urlsplit(url).hostname, urlsplit(url).port)) != 0
-
-    began = time.monotonic()
-    again = start().until_ready()
-    took = time.monotonic() - began
-    print(f"second start: {took:.1f} s")  # noqa: T201
-    assert took <= LATER_START_SECONDS, again.text
-    assert again.addresses["addresses"] == addresses["addresses"]
-    assert again.addresses["sandbox"]["customers"] == addresses["sandbox"]["customers"]
-    assert again.addresses["admin_api_key"] == addresses["admin_api_key"]
-    with psycopg.connect(again.addresses["addresses"]["postgres"]) as connection:
-        assert connection.execute("SELECT count(*) FROM clusters").fetchone() == (3,)
-    assert again.stop() < STOP_SECONDS
-    assert processes_of(run.home) == []

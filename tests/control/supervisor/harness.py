@@ -11,7 +11,7 @@ from pathlib import Path
 
 from control.supervisor.environment import PORTS
 
-START_SECONDS = 90
+START_SECONDS = 180
 STOP_SECONDS = 10
 
 
