@@ -34,7 +34,13 @@ from warehouse.postgres.session import Database
 
 
 async def list_interruptions(db: Database, principal: Principal, **filters: Any) -> list[InterruptionAnswer]:
-    """Interruptions the caller may see, newest first."""
+    """Interruptions the caller may see, newest first.
+
+    Raises:
+        NotFound: the filter names another customer.
+    """
+    if filters.get("customer_id") is not None:
+        principal.customer(filters["customer_id"])
     async with principal.scope(db) as conn:
         rows = await views_repository.list_interruptions(conn, **filters)
     return [_answer(row) for row in rows]
@@ -109,6 +115,8 @@ async def rebalance_scores(
     db: Database, principal: Principal, *, customer_id: UUID | None, days: int
 ) -> list[RebalanceScore]:
     """How often a rebalance recommendation was followed by an interruption within 30 minutes, per pool."""
+    if customer_id is not None:
+        principal.customer(customer_id)
     async with principal.scope(db) as conn:
         rows = await views_repository.rebalance_scores(conn, customer_id=customer_id, days=days, limit=500)
     return [
@@ -143,6 +151,8 @@ async def list_quarantine(
     db: Database, principal: Principal, *, customer_id: UUID | None, before: datetime | None, limit: int
 ) -> list[QuarantinedMessage]:
     """Messages that were not acted on, with the reason, newest first."""
+    if customer_id is not None:
+        principal.customer(customer_id)
     async with principal.scope(db) as conn:
         rows = await views_repository.list_quarantine(conn, customer_id=customer_id, before=before, limit=limit)
     return [
