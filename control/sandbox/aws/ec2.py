@@ -1,8 +1,7 @@
 """The EC2 actions a controller of Spot nodes uses; what is not here goes to moto."""
 
-import base64
-import fnmatch
 import gzip
+import hashlib
 import importlib.util
 import json
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from control.sandbox.aws import network
+from control.sandbox.aws.describing import filters, matches_any, opened, paged, sealed
 from control.sandbox.aws.instances import STATE_CODES, Instance, Instances, private_ip
 from control.sandbox.aws.protocol import Answer, AwsError, Call, ec2_answer, timestamp
 from control.sandbox.market.catalogue import REGIONS, ZONE_IDS, Catalogue, Pool, load_catalogue
@@ -259,6 +259,7 @@ class Ec2:
         fleet_id = f"fleet-{secrets.token_hex(16)}"
         made: list[dict[str, Any]] = []
         errors: list[dict[str, Any]] = []
+        overrides_tried = 0
         for configuration in p.get("LaunchTemplateConfigs", []):
             template = configuration.get("LaunchTemplateSpecification", {})
             for override in configuration.get("Overrides", [{}]):
@@ -277,7 +278,9 @@ class Ec2:
                 if "SubnetId" in override:
                     one["SubnetId"] = override["SubnetId"]
                 if p.get("ClientToken"):
-                    one["ClientToken"] = p["ClientToken"]
+                    # one launch per override: each needs a token of its own, the same ones when the call is repeated
+                    overrides_tried += 1
+                    one["ClientToken"] = hashlib.sha256(f"{p['ClientToken']}/{overrides_tried}".encode()).hexdigest()
                 if spot:
                     one["InstanceMarketOptions"] = {"MarketType": "spot"}
                 described = {"launchTemplateSpecification": {k[0].lower() + k[1:]: v for k, v in template.items()}}
@@ -368,16 +371,16 @@ class Ec2:
             )
         every = self.instances.of(call.caller.account_id, call.region)
         chosen = self._mine(call, ids) if ids else [i for i in every if i.visible(now)]
-        for name, values in _filters(p):
+        for name, values in filters(p):
             chosen = [i for i in chosen if _matches(i, name, values, now)]
         size = min(int(p.get("MaxResults") or self.describe_page_size), self.describe_page_size)
         if p.get("NextToken"):
-            after = _opened(p["NextToken"])
+            after = opened(p["NextToken"])
             chosen = [i for i in chosen if [i.launched_at, i.instance_id] > after]
         if len(chosen) <= size:
             return chosen, None
         last = chosen[size - 1]
-        return chosen[:size], _sealed([last.launched_at, last.instance_id])
+        return chosen[:size], sealed([last.launched_at, last.instance_id])
 
     def _describe_instances(self, call: Call) -> dict[str, Any]:
         chosen, token = self._selected(call)
@@ -436,7 +439,7 @@ class Ec2:
             for i in self.instances.of(call.caller.account_id, call.region)
             if i.spot_request_id and i.visible(now) and (not wanted or i.spot_request_id in wanted)
         ]
-        for name, values in _filters(call.params):
+        for name, values in filters(call.params):
             chosen = [i for i in chosen if _request_matches(i, name, values, now)]
         rows = []
         for i in chosen:
@@ -545,10 +548,10 @@ class Ec2:
             for k, v in i.tags.items()
         ]
         known = {"resource-id": "resourceId", "resource-type": "resourceType", "key": "key", "value": "value"}
-        for name, values in _filters(call.params):
+        for name, values in filters(call.params):
             if name not in known:
                 raise AwsError("InvalidParameterValue", f"The filter '{name}' is invalid")
-            rows = [r for r in rows if _any(r[known[name]], values)]
+            rows = [r for r in rows if matches_any(r[known[name]], values)]
         return {"tagSet": rows}
 
     # the account's surroundings -------------------------------------------------------------------------------------
@@ -581,9 +584,9 @@ class Ec2:
             rows = [r for r in rows if r["zoneName"] in wanted_names]
         if wanted_ids:
             rows = [r for r in rows if r["zoneId"] in wanted_ids]
-        for name, values in _filters(call.params):
+        for name, values in filters(call.params):
             if name in known:
-                rows = [r for r in rows if _any(str(r[known[name]]), values)]
+                rows = [r for r in rows if matches_any(str(r[known[name]]), values)]
         return {"availabilityZoneInfo": rows}
 
     def _describe_regions(self, call: Call) -> dict[str, Any]:
@@ -623,8 +626,8 @@ class Ec2:
             "vpc-id": "vpcId", "subnet-id": "subnetId", "availability-zone": "availabilityZone", "state": "state",
             "availability-zone-id": "availabilityZoneId", "availabilityZone": "availabilityZone",
         }  # fmt: skip
-        for name, values in _filters(call.params):
-            rows = [r for r in rows if name in known and _any(str(r[known[name]]), values)]
+        for name, values in filters(call.params):
+            rows = [r for r in rows if name in known and matches_any(str(r[known[name]]), values)]
         return {"subnetSet": rows}
 
     def _describe_vpcs(self, call: Call) -> dict[str, Any]:
@@ -694,11 +697,11 @@ class Ec2:
             "vcpu-info.default-vcpus": lambda r: [str(r["vCpuInfo"]["defaultVCpus"])],
             "memory-info.size-in-mib": lambda r: [str(r["memoryInfo"]["sizeInMiB"])],
         }
-        for name, values in _filters(p):
+        for name, values in filters(p):
             if name not in known:
                 raise AwsError("InvalidParameterValue", f"The filter '{name}' is invalid")
-            rows = [r for r in rows if any(_any(v, values) for v in known[name](r))]
-        page, token = _paged(rows, p, 100)
+            rows = [r for r in rows if any(matches_any(v, values) for v in known[name](r))]
+        page, token = paged(rows, p, 100)
         return {"instanceTypeSet": page, "nextToken": token}
 
     def _describe_offerings(self, call: Call) -> dict[str, Any]:
@@ -719,12 +722,12 @@ class Ec2:
                     }
                     for z in zones
                 ]
-        for name, values in _filters(p):
+        for name, values in filters(p):
             key = {"instance-type": "instanceType", "location": "location"}.get(name)
             if key is None:
                 raise AwsError("InvalidParameterValue", f"The filter '{name}' is invalid")
-            rows = [r for r in rows if _any(r[key], values)]
-        page, token = _paged(rows, p, 1000)
+            rows = [r for r in rows if matches_any(r[key], values)]
+        page, token = paged(rows, p, 1000)
         return {"instanceTypeOfferingSet": page, "nextToken": token}
 
 
@@ -755,20 +758,11 @@ def _tag_specifications(p: dict[str, Any], resource: str) -> dict[str, str]:
     }
 
 
-def _filters(p: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    return [(f.get("Name", ""), f.get("Value", [])) for f in p.get("Filter", [])]
-
-
-def _any(value: str, patterns: list[str]) -> bool:
-    """AWS filter values know * and ?."""
-    return any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns)
-
-
 def _matches(i: Instance, name: str, values: list[str], now: float) -> bool:
     if name.startswith("tag:"):
-        return name[4:] in i.tags and _any(i.tags[name[4:]], values)
+        return name[4:] in i.tags and matches_any(i.tags[name[4:]], values)
     if name == "tag-key":
-        return any(_any(k, values) for k in i.tags)
+        return any(matches_any(k, values) for k in i.tags)
     attributes: dict[str, str] = {
         "instance-id": i.instance_id,
         "instance-state-name": i.state(now),
@@ -790,32 +784,14 @@ def _matches(i: Instance, name: str, values: list[str], now: float) -> bool:
     }
     if name not in attributes:
         raise AwsError("InvalidParameterValue", f"The filter '{name}' is invalid")
-    return _any(attributes[name], values)
+    return matches_any(attributes[name], values)
 
 
 def _request_matches(i: Instance, name: str, values: list[str], now: float) -> bool:
     state, code, _ = i.spot_status(now)
     if name in ("state", "status-code"):
-        return _any({"state": state, "status-code": code}[name], values)
+        return matches_any({"state": state, "status-code": code}[name], values)
     return _matches(i, name, values, now)
-
-
-def _sealed(value: Any) -> str:
-    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
-
-
-def _opened(token: str) -> Any:
-    try:
-        return json.loads(base64.urlsafe_b64decode(token))
-    except ValueError:
-        raise AwsError("InvalidNextToken", "The token provided is invalid.") from None
-
-
-def _paged(rows: list[dict[str, Any]], p: dict[str, Any], largest: int) -> tuple[list[dict[str, Any]], str | None]:
-    size = min(int(p.get("MaxResults") or largest), largest)
-    first = int(_opened(p["NextToken"])) if p.get("NextToken") else 0
-    following = first + size
-    return rows[first:following], _sealed(following) if following < len(rows) else None
 
 
 @cache

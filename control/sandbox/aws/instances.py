@@ -145,7 +145,7 @@ class Instances:
             self.by_id[instance.instance_id] = instance
         for _, row in storage.all("launch"):
             self._remember(Launch(**row))
-        self.launch_count = len(self.by_id)
+        self.launch_count: int = dict(storage.all("meta")).get("launch_count", 0)
 
     def of(self, account_id: str, region: str) -> list[Instance]:
         """An account's instances in one region, oldest first, whatever their state and visibility."""
@@ -177,11 +177,12 @@ class Instances:
         return instances
 
     def add(self, instances: list[Instance], zone_key: str, token: str | None, params: dict[str, Any]) -> None:
-        """Keep new instances, and the token with them, in one write."""
+        """Keep new instances, and the token with them, in one write: a killed sandbox has both or neither."""
         for instance in instances:
             self.by_id[instance.instance_id] = instance
         self.launch_count += len(instances)
-        self._storage.put_many("instance", [(i.instance_id, asdict(i)) for i in instances])
+        written: list[tuple[str, str, Any]] = [("instance", i.instance_id, asdict(i)) for i in instances]
+        written.append(("meta", "launch_count", self.launch_count))
         if token:
             first = instances[0]
             launch = Launch(
@@ -190,10 +191,12 @@ class Instances:
             )  # fmt: skip
             self._remember(launch)
             key = f"{launch.account_id}/{launch.region}/{launch.zone_key}/{launch.token}"
-            self._storage.put("launch", key, asdict(launch))
+            written.append(("launch", key, asdict(launch)))
+        self._storage.put_many(written)
 
     def save(self, instances: Iterable[Instance]) -> None:
-        self._storage.put_many("instance", [(i.instance_id, asdict(i)) for i in instances])
+        """Write what changed."""
+        self._storage.put_many(("instance", i.instance_id, asdict(i)) for i in instances)
 
     def terminate(self, instance: Instance, reason: str = "Client.UserInitiatedShutdown") -> None:
         """Start shutting down now; a second call changes nothing."""

@@ -229,7 +229,8 @@ class SandboxAWS:
     def accounts(self) -> list[Account]:
         """All customers' accounts; queue URLs carry the address of this start."""
         for account in self._accounts.by_id.values():
-            account.queue_url = self._sqs.url(self._sqs.find(account.queue_url))
+            with contextlib.suppress(AwsError):  # a customer may have deleted the queue
+                account.queue_url = self._sqs.url(self._sqs.find(account.queue_url))
         return list(self._accounts.by_id.values())
 
     def credentials(self, account_id: str | None = None) -> Credentials:

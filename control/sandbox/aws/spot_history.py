@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from control.sandbox.aws import network
-from control.sandbox.aws.ec2 import _any, _filters, _opened, _sealed
+from control.sandbox.aws.describing import filters, matches_any, opened, sealed
 from control.sandbox.aws.protocol import EC2_NAMESPACE, Answer, AwsError, Call
 from control.sandbox.market.interface import PRODUCT, Market, PriceChanges
 
@@ -75,7 +75,7 @@ class SpotHistory:
             with result.lock:
                 page = result.page(number)
         text, more = page or ("", False)
-        token = _sealed([query, number + 1]) if more else ""
+        token = sealed([query, number + 1]) if more else ""
         call.result["page"] = number
         body = (
             f'<?xml version="1.0" encoding="UTF-8"?>\n<DescribeSpotPriceHistoryResponse xmlns="{EC2_NAMESPACE}">'
@@ -88,7 +88,7 @@ class SpotHistory:
         """The query with all defaults fixed (so that all pages see one `now`), and the page number."""
         p = call.params
         if p.get("NextToken"):
-            query, number = _opened(p["NextToken"])
+            query, number = opened(p["NextToken"])
             return query, int(number)
         now = self.market.now()
         end = min(_time(p["EndTime"], "EndTime"), now) if p.get("EndTime") else now
@@ -108,15 +108,15 @@ class SpotHistory:
         if p.get("AvailabilityZone") and p["AvailabilityZone"] not in names:
             raise AwsError("InvalidParameterValue", f"Invalid availability zone: [{p['AvailabilityZone']}]")
         pools = self.market.pools(call.region)
-        for name, values in _filters(p):
+        for name, values in filters(p):
             if name == "availability-zone":
-                matched = [i for n, i in names.items() if _any(n, values)]
+                matched = [i for n, i in names.items() if matches_any(n, values)]
                 zones = [z for z in zones if z in matched] if zones else matched or ["none"]
             elif name == "availability-zone-id":
-                matched = [i for i in names.values() if _any(i, values)]
+                matched = [i for i in names.values() if matches_any(i, values)]
                 zones = [z for z in zones if z in matched] if zones else matched or ["none"]
             elif name == "instance-type":
-                matched = sorted({q.instance_type for q in pools if _any(q.instance_type, values)})
+                matched = sorted({q.instance_type for q in pools if matches_any(q.instance_type, values)})
                 types = [t for t in types if t in matched] if types else matched or ["none"]
             elif name == "product-description":
                 products += values
@@ -131,7 +131,7 @@ class SpotHistory:
             "types": sorted(types),
             "zones": sorted(zones),
             # with and without VPC are the same price; the sandbox has VPC only
-            "sold": not products or any(_any(d, products) for d in (PRODUCT, f"{PRODUCT} (Amazon VPC)")),
+            "sold": not products or any(matches_any(d, products) for d in (PRODUCT, f"{PRODUCT} (Amazon VPC)")),
             "size": max(1, size),
         }, 0
 

@@ -34,12 +34,12 @@ class Storage:
         if self.durable:
             self._db.execute("REPLACE INTO document VALUES (?, ?, ?)", (kind, key, msgspec.json.encode(document)))
 
-    def put_many(self, kind: str, documents: Iterable[tuple[str, Any]]) -> None:
-        """All or nothing."""
+    def put_many(self, documents: Iterable[tuple[str, str, Any]]) -> None:
+        """(kind, key, document) triples, all or nothing."""
         if self.durable:
             self._db.execute("BEGIN")
             self._db.executemany(
-                "REPLACE INTO document VALUES (?, ?, ?)", [(kind, k, msgspec.json.encode(d)) for k, d in documents]
+                "REPLACE INTO document VALUES (?, ?, ?)", [(k, key, msgspec.json.encode(d)) for k, key, d in documents]
             )
             self._db.execute("COMMIT")
 

@@ -101,3 +101,19 @@ def test_a_taken_port_is_named(market: GeneratedMarket) -> None:
         port = int(aws.url.rpartition(":")[2])
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
             SandboxAWSThread(SandboxConfig(port=port, market=market)).start()
+
+
+def test_instance_and_token_are_written_together_and_addresses_are_not_given_twice(
+    tmp_path: Path, market: GeneratedMarket, clients: Callable[..., Any]
+) -> None:
+    config = SandboxConfig(home=tmp_path, market=market)
+    addresses: list[str] = []
+    for _ in range(3):
+        with SandboxAWSThread(config) as aws:
+            aws.add_account(ACCOUNT, external_id="x")
+            ec2 = clients(aws, "ec2", aws.credentials(ACCOUNT))
+            request = spot_request(Placement={}, ClientToken=f"token-{len(addresses)}")
+            (made,) = ec2.run_instances(**request)["Instances"]
+            assert ec2.run_instances(**request)["Instances"][0]["InstanceId"] == made["InstanceId"]
+            addresses.append(made["PrivateIpAddress"])
+    assert len(set(addresses)) == 3
