@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,51 +34,63 @@ def run_query(
         moment = moment.replace(tzinfo=UTC)
     reader = LakeReader((settings.lake_root, settings.database_url))
     try:
-        parameters = {"customer_id": customer_id} if customer_id else None
         # The command line belongs to the machine's operator, who owns the files too: without a customer it sees all.
-        rows = reader.query(query, parameters, all_customers=customer_id is None, as_of=moment)
+        with reader.pin(as_of=moment).ask(query, customer_id=customer_id) as rows:
+            if output == "parquet":
+                return _write_parquet(rows, file)
+            if output == "json":
+                return _write_json(rows, file)
+            return _show(rows, file)
     finally:
         reader.close()
-    if output == "parquet":
-        return _write_parquet(rows, file)
-    if output == "json":
-        return _write_json(rows, file)
-    return _show(rows, file)
 
 
-def _write_parquet(rows: pa.Table, file: Path | None) -> str:
+def _write_parquet(rows: pa.RecordBatchReader, file: Path | None) -> str:
     import pyarrow.parquet as pq
 
-    pq.write_table(rows, sys.stdout.buffer if file is None else file)
-    return "" if file is None else f"{rows.num_rows} rows in {file}"
+    count = 0
+    with pq.ParquetWriter(sys.stdout.buffer if file is None else file, rows.schema) as writer:
+        for batch in rows:
+            writer.write_batch(batch)
+            count += batch.num_rows
+    return "" if file is None else f"{count} rows in {file}"
 
 
-def _write_json(rows: pa.Table, file: Path | None) -> str:
-    text = json.dumps(rows.to_pylist(), default=_plain, indent=None if rows.num_rows > MAX_SCREEN_ROWS else 2)
-    if file is None:
-        sys.stdout.write(text + "\n")
-        return ""
-    file.write_text(text + "\n")
-    return f"{rows.num_rows} rows in {file}"
+def _write_json(rows: pa.RecordBatchReader, file: Path | None) -> str:
+    with nullcontext(sys.stdout) if file is None else file.open("w") as target:
+        count = 0
+        target.write("[")
+        for batch in rows:
+            for row in batch.to_pylist():
+                target.write(",\n" if count else "\n")
+                target.write(json.dumps(row, default=_plain))
+                count += 1
+        target.write("\n]\n" if count else "]\n")
+    return "" if file is None else f"{count} rows in {file}"
 
 
 def _plain(value: object) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def _show(rows: pa.Table, file: Path | None) -> str:
+def _show(rows: pa.RecordBatchReader, file: Path | None) -> str:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for name in rows.column_names:
+    for name in rows.schema.names:
         table.add_column(name, overflow="fold")
-    for row in rows.slice(0, MAX_SCREEN_ROWS).to_pylist():
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    shown = more = 0
+    for batch in rows:
+        for row in batch.slice(0, MAX_SCREEN_ROWS - shown).to_pylist():
+            table.add_row(*("" if value is None else str(value) for value in row.values()))
+        shown += min(batch.num_rows, MAX_SCREEN_ROWS - shown)
+        more += batch.num_rows
+        if more > shown:
+            break
     if file is None:
         Console(width=None if sys.stdout.isatty() else 200).print(table)
     else:
         with file.open("w") as target:
             Console(file=target, width=200).print(table)
-    shown = min(rows.num_rows, MAX_SCREEN_ROWS)
-    return "" if shown == rows.num_rows else f"{shown} of {rows.num_rows} rows shown; --format json or parquet has all"
+    return f"first {shown} rows shown; --format json or parquet has all" if more > shown else ""

@@ -420,6 +420,27 @@ class Snapshot:
         with self._run(sql, parameters, all_customers, inputs) as (cursor, statement, used):
             yield cursor.sql(statement, params=used).to_arrow_reader(batch_rows)
 
+    @contextmanager
+    def ask(self, sql: str, *, customer_id: str | None = None) -> Iterator[pa.RecordBatchReader]:
+        """Stream the answer to text a person typed (``cloudoptim lake sql``), in a DuckDB locked to this release.
+
+        Raises:
+            LakeQueryError: the text does more than read, reads anything but the lake, is wrong, too slow or too large.
+        """
+        statement, names = reading_statement(sql)
+        if names:
+            raise LakeQueryError(
+                f"a typed query has no parameters; write the value instead of ${', $'.join(sorted(names))}"
+            )
+        limits = self.reader.limits
+        with restricted(self, limits, customer_id=customer_id) as db, _limited(db, limits.statement_seconds):
+            try:
+                yield db.sql(statement).to_arrow_reader(65_536)
+            except duckdb.InterruptException:
+                raise
+            except duckdb.Error as error:
+                raise _explained(error, self.reader, "all") from error
+
     def columns(self, table: str) -> pa.Schema:
         """The table's columns in this release."""
         return self.reader.plan(self.release)[table].schema
@@ -458,6 +479,8 @@ class Snapshot:
                 cursor.register(name, batches(data).read_all())
             try:
                 yield cursor, statement, used or None
+            except duckdb.InterruptException:
+                raise
             except duckdb.Error as error:
                 raise _explained(error, self.reader, scope) from error
 
@@ -564,16 +587,21 @@ def _explained(error: duckdb.Error, reader: LakeReader, scope: str) -> LakeQuery
 
 
 @contextmanager
-def restricted(snapshot: Snapshot, limits: Limits) -> Iterator[duckdb.DuckDBPyConnection]:
+def restricted(
+    snapshot: Snapshot, limits: Limits, *, customer_id: str | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB of its own for text a person typed: the release's tables, its files and nothing else.
 
-    External access is off but for the pinned files, extensions are off, the configuration is locked. Run only text
-    that ``reading_statement`` let pass: the allowed files could otherwise be written to.
+    External access is off but for the pinned files, extensions are off, the configuration is locked. With a customer
+    the tables show that customer's rows only. Run only text that ``reading_statement`` let pass: the allowed files
+    could otherwise be written to.
     """
     plans = snapshot.reader.plan(snapshot.release)
+    scope = "all" if customer_id is None else "tenant"
     with tempfile.TemporaryDirectory(prefix="cloudoptim-spill-") as spill:
         db = _connect(limits, spill)
         try:
+            db.execute("SET VARIABLE customer_id = $c", {"c": customer_id})
             files: list[str] = []
             for table, plan in plans.items():
                 base = f"({_select(plan)})"
@@ -582,8 +610,12 @@ def restricted(snapshot: Snapshot, limits: Limits) -> Iterator[duckdb.DuckDBPyCo
                     db.register(base, plan.dataset)
                 elif plan.groups:
                     files.extend(plan.uris)
+                select = _scoped(snapshot.reader.spec(table), plan.schema, base)[
+                    "all" if customer_id is None else "tenant"
+                ]
+                # A view over a registered dataset can only be temporary.
                 kind = "TEMPORARY VIEW" if plan.dataset is not None else "VIEW"
-                db.execute(f"CREATE {kind} {_name(table)} AS SELECT * FROM {base}")
+                db.execute(f"CREATE {kind} {_name(table)} AS {select}")
             db.execute(f"SET allowed_paths = [{', '.join(map(_text, files))}]")
             db.execute("SET enable_external_access = false")
             db.execute("SET lock_configuration = true")
