@@ -1,0 +1,129 @@
+"""Interruptions, quarantine and pushed events over HTTP."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tests.control.api import Api
+from tests.control.api import Tenant as Keys
+from tests.control.interruptions.tenants import Tenant
+
+
+@pytest.fixture
+async def keys(api: Api) -> Keys:
+    return await api.tenant("Interrupted")
+
+
+@pytest.fixture
+async def customer(api: Api, keys: Keys) -> Tenant:
+    found = Tenant(api.db, keys.customer_id, keys.cluster_id, "")
+    row = await found.row("UPDATE customers SET status = 'active' WHERE id = :customer_id RETURNING aws_account_id")
+    found.account_id = row.aws_account_id
+    return found
+
+
+async def _push(api: Api, keys: Keys, document: dict[str, Any] | str) -> str:
+    content = document if isinstance(document, str) else json.dumps(document)
+    answer = await api.ok(
+        "POST", "/events/aws", keys.admin_key, content=content, headers={"Content-Type": "application/json"}
+    )
+    return answer["outcome"]
+
+
+async def test_strangers_and_readers_push_nothing(api: Api, keys: Keys) -> None:
+    for key, status in ((None, 401), (keys.analyst_key, 403), (keys.agent_key, 403)):
+        assert (await api.call("POST", "/events/aws", key, content="{}")).status_code == status
+
+
+async def test_a_pushed_warning_is_handled_like_one_from_the_queue(api: Api, keys: Keys, customer: Tenant) -> None:
+    instance = await customer.node()
+    warning = customer.warning(instance)
+    assert await _push(api, keys, warning) == "handled"
+    assert await _push(api, keys, warning) == "duplicate"
+    (found,) = (await api.ok("GET", "/interruptions", keys.analyst_key))["interruptions"]
+    assert (found["instance_id"], found["state"], found["detected_by"]) == (instance, "open", ["push"])
+    steps = {step["step"]: step for step in found["timeline"]}
+    assert list(steps) == [
+        "warning",
+        "task_created",
+        "task_in_agents_hands",
+        "cordoned",
+        "replacement_launched",
+        "replacement_ready",
+        "drained",
+        "closed",
+    ]
+    assert 100 < steps["task_created"]["seconds_left"] <= 120
+    assert steps["closed"]["at"] is None
+
+    tasks = await api.ok("GET", "/client/tasks", keys.agent_key, params={"cluster_id": str(keys.cluster_id), "wait": 0})
+    assert tasks["tasks"][0]["parameters"]["instance_id"] == instance
+    detail = await api.ok("GET", f"/interruptions/{found['id']}", keys.analyst_key)
+    assert {step["step"]: step for step in detail["timeline"]}["task_in_agents_hands"]["at"] is not None
+    assert [entry["event"] for entry in detail["history"]] == ["detected"]
+    assert [event["source"] for event in detail["events"]] == ["push"]
+
+
+async def test_an_agents_notice_is_the_same_interruption(api: Api, keys: Keys, customer: Tenant) -> None:
+    instance = await customer.node()
+    await _push(api, keys, customer.warning(instance))
+    notice = {
+        "event_type": "spot_interruption",
+        "instance_id": instance,
+        "occurred_at": datetime.now(UTC).isoformat(),
+        "instance_action": "terminate",
+    }
+    await api.ok(
+        "POST", "/client/events", keys.agent_key, json={"cluster_id": str(keys.cluster_id), "events": [notice]}
+    )
+    (found,) = (await api.ok("GET", "/interruptions", keys.analyst_key))["interruptions"]
+    assert found["detected_by"] == ["push", "agent"]
+
+
+async def test_quarantine_is_listed_and_replayed_by_one_call(api: Api, keys: Keys, customer: Tenant) -> None:
+    instance = "i-0aaaabbbbccccdddd"
+    foreign = customer.warning(instance, account="999999999999")
+    assert await _push(api, keys, foreign) == "quarantined"
+    assert await _push(api, keys, "not json at all") == "quarantined"
+    messages = (await api.ok("GET", "/quarantine", keys.analyst_key))["messages"]
+    assert {message["reason"].split(":")[0] for message in messages} == {"not_json", "account_contradiction"}
+    contradicting = next(message for message in messages if "account" in message["reason"])
+    assert json.loads(contradicting["body"]) == foreign
+
+    still = await api.ok("POST", f"/quarantine/{contradicting['id']}/replay", keys.admin_key)
+    assert still["outcome"] == "quarantined"
+    # The account turns out to be the customer's after all, and its node has registered.
+    await customer.rows("UPDATE customers SET aws_account_id = '999999999999' WHERE id = :customer_id RETURNING 1")
+    await customer.node(instance)
+    replayed = await api.ok("POST", f"/quarantine/{contradicting['id']}/replay", keys.admin_key)
+    assert (replayed["outcome"], len(replayed["interruptions"])) == ("handled", 1)
+    task = await customer.row("SELECT * FROM agent_tasks WHERE customer_id = :customer_id")
+    assert task.parameters["instance_id"] == instance
+    assert (await api.call("POST", f"/quarantine/{contradicting['id']}/replay", keys.admin_key)).status_code == 404
+
+
+async def test_quarantine_of_another_customer_does_not_exist(api: Api, keys: Keys, customer: Tenant) -> None:
+    await _push(api, keys, "not json")
+    (message,) = (await api.ok("GET", "/quarantine", keys.analyst_key))["messages"]
+    stranger = await api.tenant("Stranger")
+    assert (await api.call("POST", f"/quarantine/{message['id']}/replay", stranger.admin_key)).status_code == 404
+    assert (await api.ok("GET", "/quarantine", stranger.admin_key))["messages"] == []
+    for broken in ("x", "%00", "aaaa"):
+        assert (await api.call("POST", f"/quarantine/{broken}/replay", keys.admin_key)).status_code == 404
+
+
+async def test_rebalances_are_scored_by_what_followed(api: Api, keys: Keys, customer: Tenant) -> None:
+    right, wrong = await customer.node(), await customer.node()
+    for instance in (right, wrong):
+        assert await _push(api, keys, customer.rebalance(instance)) == "handled"
+    await _push(api, keys, customer.warning(right))
+    await customer.rows(
+        "UPDATE spot_events SET received_at = received_at - interval '1 hour', "
+        "occurred_at = occurred_at - interval '1 minute' WHERE customer_id = :customer_id RETURNING 1"
+    )
+    (pool,) = (await api.ok("GET", "/interruptions/rebalance-scores", keys.analyst_key))["pools"]
+    assert (pool["recommendations"], pool["interrupted_within_30_minutes"], pool["precision"]) == (2, 1, 0.5)
