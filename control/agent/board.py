@@ -54,7 +54,7 @@ class Run:
 class Reports:
     """Task reports on their way to the server, kept on disk until it answers 2xx or 409, at most 24 hours."""
 
-    def __init__(self, server: Server, spool: Spool, *, lost_lease: Callable[[UUID, int], None]) -> None:
+    def __init__(self, server: Server, spool: Spool, *, lost_lease: Callable[[UUID, dict[str, Any]], None]) -> None:
         self._server, self._spool, self._lost_lease = server, spool, lost_lease
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -133,7 +133,7 @@ class Reports:
             self._backoff.reset()
             if not kept:
                 log.warning("report on task %s: the lease (epoch %s) was no longer ours", task_id, body["lease_epoch"])
-                self._lost_lease(task_id, body["lease_epoch"])
+                self._lost_lease(task_id, body)
             self._spool.done(path)
         return None
 
@@ -276,9 +276,7 @@ class Board:
         # Durable first, forgotten second: an offer in between finds one or the other.
         self._report(run.task.task_id, run.epoch, step, self._server.now(), run.started_at)
         with self._condition:
-            self._finished[run.task.task_id] = step
-            while len(self._finished) > FINISHED_REMEMBERED:
-                self._finished.popitem(last=False)
+            self._remember(run.task.task_id, step)
             self._runs.pop(run.task.task_id, None)
 
     def _after_error(self, run: Run, error: ClusterError, now: datetime) -> Again | Finished:
@@ -300,11 +298,21 @@ class Board:
             times["started_at"] = started_at.isoformat()
         self.reports.put(task_id, epoch, end.status, end.detail, **times)
 
-    def _lost_lease(self, task_id: UUID, epoch: int) -> None:
+    def _lost_lease(self, task_id: UUID, report: dict[str, Any]) -> None:
+        """A report was answered 409. Stop the work if it is still under that lease; if it was done already, remember
+        that, as the task may be offered again under a newer one."""
+        status = TaskStatus(report["status"])
         with self._condition:
             run = self._runs.get(task_id)
-            if run is not None and run.epoch == epoch:
+            if run is not None and run.epoch == report["lease_epoch"]:
                 run.cancelled = True
+            elif run is None and status is not TaskStatus.RUNNING:
+                self._remember(task_id, Finished(status, report["detail"]))
+
+    def _remember(self, task_id: UUID, end: Finished) -> None:
+        self._finished[task_id] = end
+        while len(self._finished) > FINISHED_REMEMBERED:
+            self._finished.popitem(last=False)
 
     def _heartbeat(self) -> None:
         """Renew the leases of what takes longer than a moment; not kept on disk, the next one follows soon."""
@@ -317,11 +325,10 @@ class Board:
                 if self._stopping:
                     return
                 run.last_report = time.monotonic()
-                epoch = run.epoch
-                body = {"lease_epoch": epoch, "report_id": str(uuid4()), "status": TaskStatus.RUNNING, "detail": {}}
+                body = {"lease_epoch": run.epoch, "report_id": str(uuid4()), "status": TaskStatus.RUNNING, "detail": {}}
                 try:
                     if not self._server.report(run.task.task_id, json.dumps(body).encode()):
-                        self._lost_lease(run.task.task_id, epoch)
+                        self._lost_lease(run.task.task_id, body)
                 except (Unavailable, Rejected) as error:
                     log.debug("heartbeat of task %s: %s", run.task.task_id, error)
 

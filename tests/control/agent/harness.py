@@ -85,7 +85,9 @@ class TaskServer:
         return task.task_id
 
     def final(self, task_id: UUID) -> Report | None:
-        return next((r for r in self.reports if r.task_id == task_id and r.result.status != "running"), None)
+        return next(
+            (r for r in self.reports if r.task_id == task_id and r.applied and r.result.status != "running"), None
+        )
 
     def ended(self, task_id: UUID, seconds: float = 30) -> TaskResult:
         return eventually(lambda: self.final(task_id), seconds, f"an end of task {task_id}").result
