@@ -209,6 +209,7 @@ def covered(day: int, until: datetime) -> Coverage:
         ([10, 12], 10, 11),
         ([], 10, 10),
         ([], None, 14),
+        ([], 21, 14),
     ],
 )
 def test_droppable_days(days: list[int], oldest: int | None, expected: int) -> None:

@@ -51,7 +51,7 @@ def metric_retention(warehouse: Warehouse) -> dg.MaterializeResult:
 def droppable_before(today: date, oldest: date | None, covered: dict[str, coverage.Coverage]) -> date:
     """Raw days before this one may go: older than a week, and no day before it is missing in the lake."""
     limit = today - RAW_KEPT
-    day = oldest or limit
+    day = min(oldest or limit, limit)
     while day < limit:
         row = covered.get(day.isoformat())
         if row is None or row.end < day_start(day) + DAY:
