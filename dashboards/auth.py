@@ -156,9 +156,8 @@ class LoginAuth(AuthProvider):
 
         def user(handler: RequestHandler) -> Login | None:
             login = self.logins.from_request(handler.request)
-            page_token = getattr(handler, "_token", None)
-            if login is not None and page_token is not None and not self.logins.owns(login, page_token):
-                return None
+            if login is not None and (page_token := _page_token(handler.request)) is not None:
+                return login if self.logins.owns(login, page_token) else None
             return login
 
         return user
@@ -167,6 +166,12 @@ class LoginAuth(AuthProvider):
     def login_url(self) -> str:
         """Where an unknown visitor is sent."""
         return "/login"
+
+
+def _page_token(request: HTTPServerRequest) -> str | None:
+    """The page's token on a WebSocket's opening request, where it is the second subprotocol."""
+    protocols = [part.strip() for part in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+    return protocols[1] if len(protocols) == 2 and protocols[0] == "bokeh" else None
 
 
 class BaseHandler(RequestHandler):

@@ -97,8 +97,11 @@ def seed(database_url: str, lake_root: Path | str, *, now: datetime | None = Non
     finally:
         db.close()
     lake = Lake(str(lake_root), database_url)
-    lake.create_tables()
-    fill_lake(lake, now, hours, [first, second])
+    try:
+        lake.create_tables()
+        fill_lake(lake, now, hours, [first, second])
+    finally:
+        lake.close()
     return World(now, first, second, hours)
 
 
@@ -324,8 +327,8 @@ def fill_gaps(conn: Any, now: datetime, first: Fleet, second: Fleet) -> None:
     missing: dict[tuple[Any, str, str], int] = {}
     for row in rows:
         if row["state"] != "filled":
-            key = (row["customer_id"], row["table_name"], row["partition_key"])
-            missing[key] = missing.get(key, 0) + int(row["missing_points"])
+            cell = (row["customer_id"], row["table_name"], row["partition_key"])
+            missing[cell] = missing.get(cell, 0) + int(row["missing_points"])
     coverage: list[dict[str, Any]] = []
     for back in range(30):
         start = day - timedelta(days=back)
