@@ -46,6 +46,8 @@ SCHEMA = pa.schema(
 )
 """One row per record. `zone_id` is the same place in every account, `availability_zone` is the caller's name for it."""
 
+_UNDATED = SCHEMA.set(0, pa.field("ts", pa.string()))
+
 PAGE_SIZE = 1_000
 """AWS's limit."""
 WINDOW = timedelta(days=7)
@@ -194,7 +196,7 @@ class _Client:
             table, token = self._read(body)
             pages.append(table)
             if not token:
-                return pa.concat_tables(pages).combine_chunks()
+                return self._dated(pa.concat_tables(pages).combine_chunks())
             if token in seen:
                 raise SpotPriceError("TokenLoop", f"{self.region} repeated a page token after {len(pages)} pages")
             seen.add(token)
@@ -218,7 +220,7 @@ class _Client:
             zone_ids = [g or known.get(n) for g, n in zip(given, names, strict=True)]
         table = pa.table(
             {
-                "ts": _times(columns["timestamp"]),
+                "ts": pa.array(columns["timestamp"], pa.string()),
                 "region": pa.repeat(pa.scalar(self.region), rows),
                 "zone_id": pa.array(zone_ids, pa.string()),
                 "availability_zone": pa.array(columns["availabilityZone"], pa.string()),
@@ -226,18 +228,23 @@ class _Client:
                 "product": pa.array(columns["productDescription"], pa.string()),
                 "price_usd_per_hour": pa.array(columns["spotPrice"], pa.string()),
             },
-            schema=SCHEMA,
+            schema=_UNDATED,
         )
-        unreadable = table["ts"].null_count
-        if unreadable:
-            self.report.rejected["unreadable timestamp"] += unreadable
-            at = table["ts"].to_pylist().index(None)
-            self.report.examples.setdefault("unreadable timestamp", repr(columns["timestamp"][at]))
-            table = table.filter(table["ts"].is_valid())
         self.report.pages += 1
-        self.report.rows += table.num_rows
         self.report.bytes += len(body)
         return table, token
+
+    def _dated(self, table: pa.Table) -> pa.Table:
+        """A window with its times read, all at once: page by page it would cost more than all the rest."""
+        times = _times(table["ts"])
+        if times.null_count:
+            self.report.rejected["unreadable timestamp"] += times.null_count
+            at = times.to_pylist().index(None)
+            self.report.examples.setdefault("unreadable timestamp", repr(table["ts"][at].as_py()))
+        table = table.set_column(0, SCHEMA.field("ts"), times)
+        table = table.filter(table["ts"].is_valid()) if times.null_count else table
+        self.report.rows += table.num_rows
+        return table
 
     def _zones(self) -> dict[str, str]:
         """Zone name to zone id in the caller's account, for answers without AvailabilityZoneId."""
@@ -359,9 +366,9 @@ def _by_tree(body: bytes, report: FetchReport) -> tuple[dict[str, Any], str]:
     return columns, (root.findtext("{*}nextToken") or "").strip()
 
 
-def _times(texts: Any) -> pa.Array:
+def _times(texts: pa.ChunkedArray) -> pa.Array:
     """ISO 8601 with Z or an offset, with or without fractions; null where it is none of these."""
-    series = pl.Series(texts, dtype=pl.String)
+    series = pl.Series(pl.from_arrow(texts), dtype=pl.String)
     parsed = series.str.strptime(pl.Datetime("us"), "%Y-%m-%dT%H:%M:%S%.fZ", strict=False)
     if parsed.null_count():
         other = series.str.strptime(pl.Datetime("us", "UTC"), "%Y-%m-%dT%H:%M:%S%.f%#z", strict=False)
