@@ -87,7 +87,15 @@ async def things_of(api: Api, tenant: Tenant) -> Ids:
                         '{"clusters": [], "stage": "realised"}')"""),
             {"id": new_id(), "customer": tenant.customer_id},
         )
-    return Ids(tenant, user["id"], key["id"], str(task), str(interruption), message_id(tenant.customer_id, "sqs", message), str(uuid4()))
+    return Ids(
+        tenant,
+        user["id"],
+        key["id"],
+        str(task),
+        str(interruption),
+        message_id(tenant.customer_id, "sqs", message),
+        str(uuid4()),
+    )
 
 
 async def send(api: Api, route: tuple[str, str], call: Call, ids: Ids, key: str | None) -> httpx.Response:
