@@ -32,6 +32,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.model import OperationModel, ServiceModel
 from botocore.parsers import ResponseParser, ResponseParserError, create_parser
+from botocore.regions import EndpointResolver
 from botocore.serialize import create_serializer
 
 CONNECT_TIMEOUT_SECONDS = 3.0
@@ -411,8 +412,8 @@ def _service(name: str) -> tuple[ServiceModel, Any, ResponseParser]:
 
 @lru_cache(maxsize=256)
 def _endpoint(service: str, region: str) -> str:
-    resolver = botocore.session.get_session().get_component("endpoint_resolver")
-    endpoint = resolver.construct_endpoint(service, region)
+    endpoints = botocore.session.get_session().get_component("data_loader").load_data("endpoints")
+    endpoint = EndpointResolver(endpoints).construct_endpoint(service, region)
     if endpoint is None:
         raise AwsError("endpoint", "UnknownRegion", f"AWS has no {service} in {region!r}")
     return f"https://{endpoint['hostname']}"

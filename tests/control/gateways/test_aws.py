@@ -1,0 +1,148 @@
+"""The AWS gateway against the AWS double over real sockets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from control.gateways.aws import AwsError, AwsGateway, Role, client_token
+from control.sandbox.aws import SandboxAWS
+from control.sandbox.aws.faults import Fault
+from warehouse.postgres.models import new_id
+
+ACCOUNT = "123456789012"
+EXTERNAL_ID = "b1f7d0f2-8a0e-4d1e-9c55-3b7a7f0f6a11"
+
+
+@pytest.fixture
+async def aws() -> AsyncIterator[SandboxAWS]:
+    async with SandboxAWS() as running:
+        running.add_account(ACCOUNT, external_id=EXTERNAL_ID)
+        yield running
+
+
+@pytest.fixture
+async def gateway(aws: SandboxAWS, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AwsGateway]:
+    keys = aws.credentials()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
+    found = AwsGateway(endpoint_url=aws.url)
+    yield found
+    await found.close()
+
+
+def _role(aws: SandboxAWS, external_id: str = EXTERNAL_ID) -> Role:
+    (account,) = aws.accounts()
+    return Role(new_id(), account.role_arn, external_id)
+
+
+async def test_a_role_is_assumed_once_with_its_external_id(aws: SandboxAWS, gateway: AwsGateway) -> None:
+    role = _role(aws)
+    first, second = await gateway.assume(role), await gateway.assume(role)
+    assert first is second
+    (call,) = aws.history(action="AssumeRole")
+    assert call["params"]["RoleSessionName"] == f"cloudoptim-{role.customer_id.hex}"
+    with pytest.raises(AwsError) as refused:
+        await gateway.assume(_role(aws, "not-the-external-id"))
+    assert (refused.value.code, refused.value.definite) == ("AccessDenied", True)
+    with pytest.raises(AwsError):
+        await gateway.assume_role(role.role_arn, external_id=None, session_name="probe")
+    assert EXTERNAL_ID not in repr(role)
+
+
+async def test_receive_and_delete(aws: SandboxAWS, gateway: AwsGateway) -> None:
+    credentials = await gateway.assume(_role(aws))
+    queue = gateway.queue(aws.accounts()[0].queue_url)
+    assert (queue.account_id, queue.region) == (ACCOUNT, "us-east-1")
+    aws.send_events(ACCOUNT, ["one", "two"])
+    messages = await gateway.receive(queue, credentials=credentials, wait_seconds=1)
+    assert {message.body for message in messages} == {"one", "two"}
+    assert all(message.sent_at is not None and message.receive_count == 1 for message in messages)
+    assert await gateway.delete(queue, [m.receipt_handle for m in messages], credentials=credentials) == []
+    assert aws.queue_depth(ACCOUNT) == (0, 0)
+
+
+async def test_pages_are_followed_to_the_end(aws: SandboxAWS, gateway: AwsGateway) -> None:
+    credentials = await gateway.assume(_role(aws))
+    aws._ec2.describe_page_size = 5
+    request = {"ImageId": "ami-0c0ffee00000x8664", "InstanceType": "m5.large", "MinCount": 12, "MaxCount": 12}
+    await gateway.call(
+        "ec2", "RunInstances", request | {"ClientToken": client_token()}, region="us-east-1", credentials=credentials
+    )
+    found = [
+        instance["InstanceId"]
+        async for reservation in gateway.pages(
+            "ec2", "DescribeInstances", {}, "Reservations", region="us-east-1", credentials=credentials
+        )
+        for instance in reservation["Instances"]
+    ]
+    assert len(set(found)) == len(found) == 12
+    assert len(aws.history(action="DescribeInstances")) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "definite"),
+    [
+        (Fault("drop_before", action="DescribeInstances"), "Unanswered", False),
+        (Fault("drop_after", action="DescribeInstances"), "Unanswered", False),
+        (Fault("hang", action="DescribeInstances"), "Unanswered", False),
+        (Fault("garbage", action="DescribeInstances"), "BadAnswer", False),
+        (Fault("truncate", action="DescribeInstances"), "Unanswered", False),
+        (Fault("http_error", action="DescribeInstances", status=502), "502", False),
+        (Fault("throttle", action="DescribeInstances"), "RequestLimitExceeded", False),
+        (Fault("error", action="DescribeInstances", code="InternalError"), "InternalError", False),
+        (Fault("error", action="DescribeInstances", code="UnauthorizedOperation", status=403),
+         "UnauthorizedOperation", True),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Fault) else str(value),
+)  # fmt: skip
+async def test_every_way_to_fail_has_a_code_and_nothing_is_repeated(
+    aws: SandboxAWS, gateway: AwsGateway, fault: Fault, code: str, definite: bool
+) -> None:
+    credentials = await gateway.assume(_role(aws))
+    aws.inject(fault)
+    with pytest.raises(AwsError) as failed:
+        await gateway.call(
+            "ec2", "DescribeInstances", {}, region="us-east-1", credentials=credentials, timeout_seconds=0.5
+        )
+    assert (failed.value.code, failed.value.definite) == (code, definite)
+    assert fault.seen == 1
+
+
+async def test_an_address_nobody_listens_on_is_told_apart(gateway: AwsGateway) -> None:
+    nowhere = AwsGateway(endpoint_url="http://127.0.0.1:1")
+    with pytest.raises(AwsError) as failed:
+        await nowhere.call(
+            "ec2", "DescribeInstances", {}, region="us-east-1", credentials=await gateway.own_credentials()
+        )
+    assert failed.value.code == "Unreachable"
+    await nowhere.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://sqs.us-east-1.amazonaws.com/123456789012/cloudoptim-events?x=1",
+        "https://sqs.us-east-1.amazonaws.com/12345/cloudoptim-events",
+        "https://user@sqs.us-east-1.amazonaws.com/123456789012/../x",
+        "https://sqs.xx-fake-9.amazonaws.com/123456789012/events",
+        "http://169.254.169.254/123456789012/events",
+        "https://evil.example.com/123456789012/events",
+        "ftp://x",
+        "",
+    ],
+)
+def test_a_queue_is_only_ever_one_of_amazons(url: str) -> None:
+    with pytest.raises(ValueError, match="sqs_queue_url"):
+        AwsGateway().queue(url)
+
+
+def test_amazons_own_addresses() -> None:
+    gateway = AwsGateway()
+    queue = gateway.queue("https://sqs.eu-west-1.amazonaws.com/123456789012/cloudoptim-events")
+    assert (queue.region, queue.name) == ("eu-west-1", "cloudoptim-events")
+    assert gateway._endpoint("sqs", "eu-west-1") == "https://sqs.eu-west-1.amazonaws.com"
+    assert gateway._endpoint("ec2", "cn-north-1") == "https://ec2.cn-north-1.amazonaws.com.cn"
+    china = gateway.queue("https://sqs.cn-north-1.amazonaws.com.cn/123456789012/events")
+    assert china.region == "cn-north-1"
