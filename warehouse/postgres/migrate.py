@@ -7,6 +7,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 
 from warehouse.postgres.session import driver_url
 
@@ -37,9 +38,8 @@ def assert_durable(database_url: str) -> None:
     Raises:
         RuntimeError: ``synchronous_commit`` or ``fsync`` is off.
     """
-    engine = create_engine(driver_url(database_url))
+    engine = create_engine(driver_url(database_url), poolclass=NullPool)
     with engine.connect() as conn:
         for setting in ("synchronous_commit", "fsync"):
             if conn.execute(text("SELECT current_setting(:name)"), {"name": setting}).scalar_one() == "off":
                 raise RuntimeError(f"Postgres has {setting} = off and may lose acknowledged commits; set it to on")
-    engine.dispose()
