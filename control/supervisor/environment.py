@@ -91,8 +91,8 @@ def uses_sandbox(environ: Mapping[str, str]) -> bool:
 def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> dict[str, int]:
     """The port of each name: its variable, else what this home used last, else the default.
 
-    A variable of 0 means any free port, kept for later starts. An internal port nobody chose gives way to a free one when
-    it is taken; a public one does not, because people know it.
+    A variable of 0 means any free port, kept for later starts. An internal port nobody chose gives way to a free one
+    when it is taken; a public one does not, because people know it.
 
     Raises:
         UpError: a variable is no port number.

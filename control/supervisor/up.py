@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -99,13 +100,15 @@ class Up:
         except Stopped:
             return 0
         except (UpError, SettingsError, EmbeddedServerError) as error:
-            self._say(f"[bold red]cloudoptim up:[/] {error}", error=True)
-            return 1
+            return self._fail(str(error))
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            self._say(f"[bold red]cloudoptim up:[/] {error.strerror}{where}; see CLOUDOPTIM_HOME", error=True)
-            return 1
+            return self._fail(f"{error.strerror}{where}; see CLOUDOPTIM_HOME")
         return 0
+
+    def _fail(self, cause: str) -> int:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]cloudoptim up:[/] {escape(cause)}")
+        return 1
 
     def _start(self, began: float) -> None:
         self.addresses_file.unlink(missing_ok=True)
@@ -121,7 +124,7 @@ class Up:
         write_dagster_home(self.home)
         self.programs = select(all_programs(plan), self.only)
         if plan.postgres and plan.postgres.note:
-            self._say(plan.postgres.note)
+            self._say(escape(plan.postgres.note))
         self.daemon = Supervisord(self.home, plan.environment)
         self._daemon_log = LogTail(self.daemon.log)
         self.daemon.start(self.programs)
@@ -201,9 +204,8 @@ class Up:
                 self._early_ends[name] = self._early_ends.get(name, 0) + 1
                 if self._early_ends[name] >= MAX_EARLY_ENDS:
                     raise UpError(f"{name} does not start ({reason}): {self._last_words(name)}")
-            self._say(
-                f"[yellow]![/] {name} ended ({reason}) and is started again; its last words: {self._last_words(name)}"
-            )
+            words = escape(self._last_words(name))
+            self._say(f"[yellow]![/] {name} ended ({reason}) and is started again; its last words: {words}")
         return bool(lines)
 
     def _watch(self) -> None:
@@ -258,7 +260,7 @@ class Up:
             title, setting = ADDRESS_ROWS[name]
             table.add_row(title, shown, setting)
         self.console.print(table)
-        self._say(f"logs: {self.home / 'log'}   for scripts: {self.addresses_file}   stop: Ctrl-C")
+        self._say(escape(f"logs: {self.home / 'log'}   for scripts: {self.addresses_file}   stop: Ctrl-C"))
 
     def _addresses(self, plan: Plan) -> dict[str, str]:
         """The addresses of what runs here or was given."""
@@ -279,9 +281,9 @@ class Up:
             return []
         return [self.daemon.log_folder / f"{program.name}.log" for program in self.programs]
 
-    def _say(self, text: str, *, error: bool = False) -> None:
-        console = Console(stderr=True, highlight=False, soft_wrap=True) if error else self.console
-        console.print(text)
+    def _say(self, text: str) -> None:
+        """Print a line of rich's markup."""
+        self.console.print(text)
 
 
 def telling_line(log: str) -> str:
