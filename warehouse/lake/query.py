@@ -41,6 +41,9 @@ from warehouse.lake.storage import refuse_forked_child
 from warehouse.lake.store import Lake, Release, delta_arrow_schema
 from warehouse.lake.tables import TableSpec, duckdb_type
 
+if TYPE_CHECKING:
+    import polars as pl
+
 # Releases whose views stay planned; a dashboard page pins one for a few minutes.
 PLANNED_RELEASES = 8
 # Reader features of Delta that do not change what a Parquet file holds.
