@@ -527,7 +527,7 @@ class Lake:
             missing = "the lake has no release yet; run `cloudoptim migrate` to create its tables"
         else:
             row = self._read(f"{_SELECT} WHERE id = %s", [which])
-            missing = f"the lake has no release {which}; see `cloudoptim lake releases`"
+            missing = f"the lake has no release {which}; the table lake_releases in Postgres lists them"
         if not row:
             raise LakeReleaseError(missing)
         release = Release(*row[0])
