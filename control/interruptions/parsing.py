@@ -143,7 +143,8 @@ def parse(body: str | bytes, *, owner: QueueOwner, received_at: datetime, sent_a
     except _Dropped as dropped:
         return Drop(dropped.reason, key, event_type)
     except _Refused as refused:
-        return Quarantine(refused.reason, refused.detail, key, event_type, refused.security)
+        # By its content: a body that cannot be trusted must not take the place of the real event with the same id.
+        return Quarantine(refused.reason, refused.detail, digest, event_type, refused.security)
 
 
 def from_agent(event: SpotEvent, *, region: str, account_id: str | None, received_at: datetime) -> ParsedEvent:

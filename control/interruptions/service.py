@@ -249,11 +249,11 @@ class Batch:
         labels: dict[tuple[str, str], str] = {}
         again: list[dict[str, Any]] = []
         for message, outcome in outcomes:
-            key = (message.source.value, outcome.dedupe_key)
+            judged, decisions = self._judge(message, outcome, nodes)
+            key = (message.source.value, judged.dedupe_key)
             if key in first:
                 again.append({"source": key[0], "dedupe_key": key[1], "receive_count": message.receive_count})
                 continue
-            judged, decisions = self._judge(outcome, nodes)
             first[key] = (message, judged, decisions)
             row, labels[key] = self._inbox_row(message, judged, decisions)
             inbox.append(row)
@@ -329,7 +329,7 @@ class Batch:
         customer_id = self.facts.customer_id
         nodes = await repository.nodes_of_instances(conn, customer_id, instance_ids) if instance_ids else {}
         await narrow(conn, customer_id)
-        judged, decisions = self._judge(outcome, nodes)
+        judged, decisions = self._judge(message, outcome, nodes)
         row, label = self._inbox_row(message, judged, decisions)
         done = Ingested(new=1)
         if isinstance(judged, ParsedEvent):
@@ -356,7 +356,9 @@ class Batch:
 
     # --- judging
 
-    def _judge(self, outcome: Outcome, nodes: dict[str, NodeFacts]) -> tuple[Outcome, list[tuple[str, Decision]]]:
+    def _judge(
+        self, message: Received, outcome: Outcome, nodes: dict[str, NodeFacts]
+    ) -> tuple[Outcome, list[tuple[str, Decision]]]:
         if not isinstance(outcome, ParsedEvent):
             return outcome, []
         event_type = outcome.kind.value
@@ -375,7 +377,7 @@ class Batch:
                 Quarantine(
                     "foreign_instance",
                     "the instance belongs to a node of another customer",
-                    outcome.dedupe_key,
+                    "sha256:" + _sha256(message.body),
                     event_type,
                     security=True,
                 ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -184,6 +185,8 @@ async def replay(db: Database, bells: Bells | None, principal: Principal, quaran
         owner = QueueOwner(facts.account_id, facts.regions)
         # A notice keeps its age, so that what is old by now is judged by the cluster's state of now.
         outcome = parse(message.body, owner=owner, received_at=now, sent_at=message.sent_at)
+        # The event keeps the key its message is stored under.
+        outcome = replace(outcome, dedupe_key=dedupe_key)
         batch = Batch(facts, now)
         state, reason, done = await batch.replay(conn, message, outcome)
         event_type = outcome.kind.value if isinstance(outcome, ParsedEvent) else outcome.event_type
