@@ -106,7 +106,8 @@ def stage_model(
     """Run the model over all customers on the pinned release and stage its rows for ``partition``.
 
     ``inputs`` are frames the text reads beside the lake's tables. The rows stream from DuckDB into files; memory does
-    not grow with them. Publish what this returns, alone or with others in one release.
+    not grow with them. Each row group is put in order on the way; a model that fills several for one partition orders
+    its text itself where that is worth a sort of the whole. Publish what this returns, alone or with others.
 
     Raises:
         LakeDataError: a key occurs twice (nothing is left behind), or rows do not fit the table.
@@ -115,9 +116,7 @@ def stage_model(
     spec = lake.spec(model.table)
     if model.keys != spec.keys:
         raise LakeDataError(f"model {model.name} says keys {model.keys}, but table {spec.name} has {spec.keys}")
-    order = ", ".join(f'"{name}"' for name in spec.sort_by)
-    ordered = f"SELECT * FROM ({model.sql}\n) ORDER BY {order}"
-    with snapshot.stream(ordered, parameters, all_customers=True, inputs=inputs) as rows:
+    with snapshot.stream(model.sql, parameters, all_customers=True, inputs=inputs) as rows:
         staged = lake.stage(model.table, partition, rows)
     try:
         refuse_duplicates(lake, spec, staged)
