@@ -121,6 +121,11 @@ def control() -> None:
         workers=settings.workers,
         log_level=settings.log_level.lower(),
         access_log=False,
+        # The application itself decides whose X-Forwarded-For to believe (CLOUDOPTIM_TRUSTED_PROXIES).
+        proxy_headers=False,
+        server_header=False,
+        # uvicorn's default is 16 MiB a frame.
+        ws_max_size=1024 * 1024,
         timeout_graceful_shutdown=2,
     )
 
