@@ -6,6 +6,7 @@ two runs of one job never overlap. Looking costs milliseconds; a run costs about
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -16,6 +17,8 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 RETRY_AFTER = timedelta(minutes=10)
 # Ticks are a minute apart and a run starts seconds after its tick: without slack every turn would slip a minute.
 SLACK = timedelta(seconds=40)
+# What decisions and the cost page wait for goes first when runs queue up.
+URGENT = {"dagster/priority": "10"}
 # Cron of the schedules that look and decide.
 EVERY_MINUTE = "* * * * *"
 
@@ -83,11 +86,21 @@ def tick(
     *,
     every: timedelta | None = None,
     daily: timedelta | None = None,
+    after: Sequence[str] = (),
 ) -> dg.SkipReason | None:
-    """Skip unless the job is due: ``every`` so often, or once a day not before ``daily`` after midnight UTC."""
+    """Skip unless the job is due: ``every`` so often, or once a day not before ``daily`` after midnight UTC.
+
+    The first run of a job waits until each of ``after`` has ended once: a new installation reads prices first.
+    """
     now = context.scheduled_execution_time.astimezone(UTC)
     last = last_run(context.instance, job_name)
-    reason = (
-        why_not_today(now, last, not_before=daily) if daily is not None else why_not(now, last, every=every or SLACK)
-    )
+    if last is None:
+        for other in after:
+            first = last_run(context.instance, other)
+            if first is None or first.outcome is Outcome.ACTIVE:
+                return dg.SkipReason(f"waits for the first run of {other}")
+    if daily is not None:
+        reason = why_not_today(now, last, not_before=daily)
+    else:
+        reason = why_not(now, last, every=every or SLACK)
     return dg.SkipReason(reason) if reason else None

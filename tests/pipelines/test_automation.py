@@ -165,3 +165,21 @@ def test_looking_whether_a_job_is_due_leaves_no_connection_behind(world: World, 
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         ).fetchone()
     assert left == (0,)
+
+
+def test_a_new_installation_reads_prices_before_anything_else(world: World, serve) -> None:
+    serve([price(at(20, 1), "m5.large", 0.03)])
+    repository = defs.get_repository_def()
+    with dg.DagsterInstance.local_temp(str(world.folder)) as instance:
+        for name, words in (
+            ("current_day", "refresh_spot_prices"),
+            ("gaps_daily", "refresh_current_day"),
+            ("savings_reports_daily", "refresh_current_day"),
+            ("maintenance_daily", "refresh_current_day"),
+        ):
+            with dg.build_schedule_context(
+                instance=instance, repository_def=repository, scheduled_execution_time=at(20, 12)
+            ) as context:
+                tick = repository.get_schedule_def(name).evaluate_tick(context)
+            assert tick.skip_message == f"waits for the first run of {words}"
+            assert not tick.run_requests

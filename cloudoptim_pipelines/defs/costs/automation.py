@@ -8,7 +8,7 @@ from cloudoptim_pipelines.defs.costs.assets import cluster_cost_hourly, node_cos
 from cloudoptim_pipelines.defs.events.assets import events, interruptions
 from cloudoptim_pipelines.defs.metrics.assets import metric_5m, metrics_summary
 from cloudoptim_pipelines.defs.savings.assets import savings_daily
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, Outcome, last_run, tick
+from cloudoptim_pipelines.pacing import EVERY_MINUTE, URGENT, tick
 from cloudoptim_pipelines.partitions import range_tags
 
 # A run costs about five seconds of one core, most of it Python's start: every five minutes that is under 2 %.
@@ -46,13 +46,7 @@ def current_days(now: datetime) -> tuple[str, str]:
 )
 def current_day(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """One run for the current day. The first of an installation waits until prices were asked for: no cost without."""
-    if skip := tick(context, "refresh_current_day", every=EVERY):
+    if skip := tick(context, "refresh_current_day", every=EVERY, after=PRICE_JOBS):
         return skip
-    for job in PRICE_JOBS:
-        asked = last_run(context.instance, job)
-        if asked is None or (
-            asked.outcome is Outcome.ACTIVE and last_run(context.instance, "refresh_current_day") is None
-        ):
-            return dg.SkipReason(f"waits for the first run of {job}")
     first, last = current_days(context.scheduled_execution_time.astimezone(UTC))
-    return dg.RunRequest(run_key=context.scheduled_execution_time.isoformat(), tags=range_tags(first, last))
+    return dg.RunRequest(run_key=context.scheduled_execution_time.isoformat(), tags=range_tags(first, last) | URGENT)

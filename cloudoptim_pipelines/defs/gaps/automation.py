@@ -20,6 +20,6 @@ find_gaps = dg.define_asset_job(
 )
 def gaps_daily(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """One run a day, after the last windows of the day before arrived."""
-    if skip := tick(context, "find_gaps", daily=timedelta(minutes=40)):
+    if skip := tick(context, "find_gaps", daily=timedelta(minutes=40), after=["refresh_current_day"]):
         return skip
     return dg.RunRequest(run_key=context.scheduled_execution_time.isoformat())

@@ -22,6 +22,6 @@ maintain = dg.define_asset_job(
 )
 def maintenance_daily(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """One run a day."""
-    if skip := tick(context, "maintain", daily=timedelta(hours=3, minutes=20)):
+    if skip := tick(context, "maintain", daily=timedelta(hours=3, minutes=20), after=["refresh_current_day"]):
         return skip
     return dg.RunRequest(run_key=context.scheduled_execution_time.isoformat())

@@ -5,7 +5,7 @@ from datetime import UTC, timedelta
 import dagster as dg
 
 from cloudoptim_pipelines.defs.on_demand_prices.assets import on_demand_prices
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, tick
+from cloudoptim_pipelines.pacing import EVERY_MINUTE, URGENT, tick
 from cloudoptim_pipelines.partitions import REGIONS, price_key, range_tags
 
 refresh_on_demand_prices = dg.define_asset_job(
@@ -28,5 +28,5 @@ def on_demand_prices_daily(context: dg.ScheduleEvaluationContext) -> dg.RunReque
     day = context.scheduled_execution_time.astimezone(UTC).date()
     return dg.RunRequest(
         run_key=context.scheduled_execution_time.isoformat(),
-        tags=range_tags(price_key(day, REGIONS[0]), price_key(day, REGIONS[-1])),
+        tags=range_tags(price_key(day, REGIONS[0]), price_key(day, REGIONS[-1])) | URGENT,
     )

@@ -36,7 +36,7 @@ def closing_days(now: datetime, first: date) -> tuple[str, str] | None:
 )
 def savings_reports_daily(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """One run over the days that are closed today."""
-    if skip := tick(context, "close_days", daily=OPENS):
+    if skip := tick(context, "close_days", daily=OPENS, after=["refresh_current_day"]):
         return skip
     days = closing_days(context.scheduled_execution_time.astimezone(UTC), date.fromisoformat(START))
     if days is None:

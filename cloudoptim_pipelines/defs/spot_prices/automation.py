@@ -7,7 +7,7 @@ import dagster as dg
 
 from cloudoptim_pipelines import coverage
 from cloudoptim_pipelines.defs.spot_prices.assets import TABLE, spot_prices
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, tick
+from cloudoptim_pipelines.pacing import EVERY_MINUTE, URGENT, tick
 from cloudoptim_pipelines.partitions import (
     DAY,
     REGIONS,
@@ -70,5 +70,5 @@ def spot_prices_hourly(context: dg.ScheduleEvaluationContext, warehouse: Warehou
     days = due_days(now, date.fromisoformat(START), covered, REGIONS)
     return dg.RunRequest(
         run_key=now.isoformat(),
-        tags=range_tags(price_key(days.first, REGIONS[0]), price_key(days.last, REGIONS[-1])),
+        tags=range_tags(price_key(days.first, REGIONS[0]), price_key(days.last, REGIONS[-1])) | URGENT,
     )

@@ -39,9 +39,16 @@ class Stack:
     dagster_url: str
     prices_url: str
     home: Path
+    environment: dict[str, str]
 
     def materialize(self, first: str, last: str | None = None) -> None:
         """Write partitions of Spot prices in this process: what a run of Dagster does, without its start."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                patch.setenv(name, self.environment[name])
+            self._materialize(first, last)
+
+    def _materialize(self, first: str, last: str | None) -> None:
         world = World(self.database_url, self.home, self.prices_url, datetime.now(UTC))
         assert world.run(["spot_prices"], first, last).success
 
@@ -138,7 +145,7 @@ def stack(postgres_server: EmbeddedPostgres, prices: str, tmp_path_factory: pyte
         "CLOUDOPTIM_CODE_SERVER_HOST": "127.0.0.1",
         "CLOUDOPTIM_CODE_SERVER_PORT": str(code_port),
     }
-    made = Stack(url, f"http://127.0.0.1:{web_port}", prices, home)
+    made = Stack(url, f"http://127.0.0.1:{web_port}", prices, home, environment)
     running: list[subprocess.Popen] = []
 
     def start(label: str, *arguments: str) -> subprocess.Popen:
