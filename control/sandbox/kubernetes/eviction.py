@@ -192,7 +192,9 @@ def _spend(store: Store, budget: Object, pod_name: str, dry_run: bool) -> None:
 
 
 def _mark_disrupted(pod: Object, now: datetime) -> None:
-    conditions = [c for c in pod["status"].get("conditions") or [] if c.get("type") != "DisruptionTarget"]
+    if any(c.get("type") == "DisruptionTarget" for c in pod["status"].get("conditions") or ()):
+        return  # as UpdatePodCondition: the same condition again changes nothing, its time included
+    conditions = list(pod["status"].get("conditions") or ())
     conditions.append(
         {
             "type": "DisruptionTarget",

@@ -15,7 +15,9 @@ from tests.control.agent.harness import World
 def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
     running = World(tmp_path / "state", PodTiming(start_seconds=(0.05, 0.2), stop_seconds=(0.05, 0.3)))
     running.start()
-    yield running
-    running.stop()
+    try:
+        yield running
+    finally:
+        running.stop()
     if running.log.exists():
         request.node.add_report_section("call", "agent log", running.log.read_text()[-6000:])

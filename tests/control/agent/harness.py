@@ -30,7 +30,7 @@ from control.sandbox.kubernetes.resources import NODES
 from control.sandbox.kubernetes.server import Cluster, ServerThread, clusters_app
 from warehouse.contracts import AgentEvents, MetricsData, TaskResult
 
-LEASE_SECONDS = 3.0
+LEASE_SECONDS = 2.0
 
 
 @dataclass
@@ -299,7 +299,7 @@ class World:
         ]
 
 
-def eventually(check: Callable[[], Any], seconds: float = 15.0, what: str = "") -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
     """Poll until `check` returns something true, and return it."""
     give_up = time.monotonic() + seconds
     while True:

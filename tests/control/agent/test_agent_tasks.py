@@ -91,6 +91,7 @@ def test_at_the_deadline_a_blocked_pod_is_left_alone_unless_the_task_says_force(
     budget(world, "web", minAvailable=1)
     (pod,) = world.pods("web")
     world.start_agent()
+    eventually(lambda: world.server.polls)
     result = world.server.ended(world.server.add("drain_node", 6, node_name="n1", instance_id=instance))
     assert result.status == "failed"
     assert result.detail["remaining"][0]["pod"] == f"default/{pod.metadata.name}"
@@ -119,6 +120,7 @@ def test_pods_never_get_more_grace_than_is_left(world: World) -> None:
     world.deploy("slow", 1, terminationGracePeriodSeconds=600)
     world.call(world.kubelets.stop)
     world.start_agent()
+    eventually(lambda: world.server.polls)
     world.server.add("drain_node", 40, node_name="n1", instance_id=instance)
     (pod,) = eventually(lambda: [p for p in world.pods("slow") if p.metadata.deletion_timestamp])
     assert 30 <= pod.metadata.deletion_grace_period_seconds <= 37

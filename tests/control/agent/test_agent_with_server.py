@@ -55,7 +55,7 @@ class ControlService:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "control.cli", "control"], env=self._environment, stdout=log, stderr=log
             )
-        eventually(self._answers, 60, "the control service")
+        eventually(self._answers, 120, "the control service")
 
     def _answers(self) -> bool:
         try:
@@ -134,9 +134,11 @@ class Served:
 @pytest.fixture(scope="module")
 def control(tmp_path_factory: pytest.TempPathFactory, postgres_url: str, redis_url: str) -> Iterator[ControlService]:
     service = ControlService(tmp_path_factory.mktemp("control"), postgres_url, redis_url)
-    service.start()
-    yield service
-    service.kill()
+    try:
+        service.start()
+        yield service
+    finally:
+        service.kill()
 
 
 @pytest.fixture
@@ -144,9 +146,11 @@ def served(tmp_path: Path, control: ControlService, request: pytest.FixtureReque
     world = World(tmp_path / "state", PodTiming(start_seconds=(0.05, 0.2), stop_seconds=(0.05, 0.3)))
     world.start()
     running = Served(world, control)
-    yield running
-    running.database.close()
-    world.stop()
+    try:
+        yield running
+    finally:
+        running.database.close()
+        world.stop()
     for log in (world.log, control.log):
         if log.exists():
             request.node.add_report_section("call", log.name, log.read_text()[-5000:])

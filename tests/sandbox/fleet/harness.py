@@ -62,19 +62,19 @@ class RunningSandbox:
                 raise AssertionError(f"the sandbox ended:\n{self.log.read_text()[-3000:]}")
             return file.exists()
 
-        eventually(ready, 60, "addresses.json")
+        eventually(ready, 120, "addresses.json")
         self.addresses = json.loads(file.read_text())
         return self
 
     def stop(self) -> None:
         assert self.process is not None
         self.process.terminate()
-        assert self.process.wait(15) == 0
+        assert self.process.wait(30) == 0
 
     def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
 
     def cluster(self, name: str) -> dict[str, Any]:
         return next(
@@ -154,7 +154,7 @@ def ready(node: client.V1Node) -> bool:
     return any(c.type == "Ready" and c.status == "True" for c in node.status.conditions)
 
 
-def eventually(check: Callable[[], Any], seconds: float = 20.0, what: str = "") -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
     """Poll until `check` returns something true, and return it."""
     give_up = time.monotonic() + seconds
     while True:

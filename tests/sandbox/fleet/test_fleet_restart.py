@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 from tests.sandbox.fleet.harness import RunningSandbox, eventually, instance_of
 
@@ -29,12 +29,12 @@ def all_pods_run(sandbox: RunningSandbox) -> bool:
     )
 
 
-def test_a_restart_resumes_with_the_same_nodes_pods_and_ids(own_home: Path) -> None:
-    sandbox = RunningSandbox(own_home).start()
+def test_a_restart_resumes_with_the_same_nodes_pods_and_ids(make_sandbox: Callable[..., RunningSandbox]) -> None:
+    sandbox = make_sandbox().start()
     eventually(lambda: all_pods_run(sandbox))
     before, addresses = picture(sandbox), sandbox.addresses
     sandbox.stop()
-    assert not (own_home / "sandbox" / "addresses.json").exists()
+    assert not (sandbox.home / "sandbox" / "addresses.json").exists()
     sandbox.start()
     assert picture(sandbox) == before
     for old, new in zip(addresses["customers"], sandbox.addresses["customers"], strict=True):
@@ -45,8 +45,10 @@ def test_a_restart_resumes_with_the_same_nodes_pods_and_ids(own_home: Path) -> N
     sandbox.stop()
 
 
-def test_kill_9_during_an_interruption_ends_where_it_would_have_ended(own_home: Path) -> None:
-    sandbox = RunningSandbox(own_home).start()
+def test_kill_9_during_an_interruption_ends_where_it_would_have_ended(
+    make_sandbox: Callable[..., RunningSandbox],
+) -> None:
+    sandbox = make_sandbox().start()
     eventually(lambda: all_pods_run(sandbox))
     told = sandbox.control("POST", "/_sandbox/fleet/interrupt", {"cluster": "shop-prod", "notice_seconds": 2}).json()
     victim = told["interrupted"][0]["instance_id"]
@@ -60,8 +62,10 @@ def test_kill_9_during_an_interruption_ends_where_it_would_have_ended(own_home: 
     sandbox.stop()
 
 
-def test_interruptions_are_drawn_and_some_are_announced_by_a_recommendation(own_home: Path) -> None:
-    sandbox = RunningSandbox(own_home, CLOUDOPTIM_SANDBOX_INTERRUPTION_SCALE="3e6", CLOUDOPTIM_SANDBOX_SPEED="60")
+def test_interruptions_are_drawn_and_some_are_announced_by_a_recommendation(
+    make_sandbox: Callable[..., RunningSandbox],
+) -> None:
+    sandbox = make_sandbox(CLOUDOPTIM_SANDBOX_INTERRUPTION_SCALE="3e6", CLOUDOPTIM_SANDBOX_SPEED="60")
     sandbox.start()
     kinds: list[str] = []
 

@@ -1,4 +1,4 @@
-"""A Kubernetes double per test and the official client that drives it."""
+"""Fresh clusters of the Kubernetes double per test and the official client that drives it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 from kubernetes import client
+from starlette.applications import Starlette
 
+from control.sandbox.kubernetes.server import ServerThread
 from tests.sandbox.kubernetes.harness import Double
 
 
+@pytest.fixture(scope="session")
+def kubernetes_server() -> Iterator[tuple[ServerThread, Starlette]]:
+    app = Starlette()
+    server = ServerThread(app)
+    server.start()
+    yield server, app
+    server.stop()
+
+
 @pytest.fixture
-def double() -> Iterator[Double]:
-    running = Double()
-    running.server.start()
+def double(kubernetes_server: tuple[ServerThread, Starlette]) -> Iterator[Double]:
+    running = Double(*kubernetes_server)
     yield running
-    for cluster in running.clusters:
-        running.call(cluster.controllers.stop)
-        running.call(cluster.store.close)
-    running.server.stop()
+    running.close()
 
 
 @pytest.fixture

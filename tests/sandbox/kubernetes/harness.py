@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 from kubernetes import client
+from starlette.applications import Starlette
 
 from control.sandbox.kubernetes.resources import DISRUPTION_BUDGETS, NODES, PODS
 from control.sandbox.kubernetes.server import Cluster, ServerThread, clusters_app
 
 TOKEN = "token-of-the-test"
+_numbers = itertools.count()
 
 
 class Double:
-    """One running double with two clusters; helpers put it into a state, the official client looks at it."""
+    """Two fresh clusters on a server that runs already; helpers put them into a state, the official client looks."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: ServerThread, app: Starlette) -> None:
+        number = next(_numbers)
         self.clusters = [
-            Cluster("one", tokens=[TOKEN], read_only_tokens=["reader"], bookmark_seconds=0.3, orphan_pod_seconds=0.2),
-            Cluster("two", tokens=["another-token"]),
+            Cluster(
+                f"one-{number}",
+                tokens=[TOKEN],
+                read_only_tokens=["reader"],
+                bookmark_seconds=0.3,
+                orphan_pod_seconds=0.2,
+            ),
+            Cluster(f"two-{number}", tokens=["another-token"]),
         ]
-        self.server = ServerThread(clusters_app(self.clusters))
+        self.server, self._app = server, app
+        self._mounts = clusters_app(self.clusters).routes
+        app.router.routes.extend(self._mounts)
         self.store = self.clusters[0].store
 
-    def client(self, cluster: str = "one", token: str = TOKEN) -> client.ApiClient:
-        configuration = client.Configuration(host=f"{self.server.url}/clusters/{cluster}")
+    def close(self) -> None:
+        for cluster in self.clusters:
+            self.call(cluster.controllers.stop)
+            self.call(cluster.store.close)
+        for mount in self._mounts:
+            self._app.router.routes.remove(mount)
+
+    def client(self, cluster: int = 0, token: str = TOKEN) -> client.ApiClient:
+        configuration = client.Configuration(host=f"{self.server.url}/clusters/{self.clusters[cluster].name}")
         configuration.api_key["authorization"] = f"Bearer {token}"
         configuration.retries = False
         return client.ApiClient(configuration)
@@ -122,7 +141,7 @@ def deployment_object(name: str, replicas: int, *, cpu: str = "500m", **pod_spec
     }
 
 
-def eventually(check: Callable[[], Any], seconds: float = 10.0, what: str = "") -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
     """Poll until `check` returns something true, and return it."""
     give_up = time.monotonic() + seconds
     while True:

@@ -48,11 +48,11 @@ def test_a_read_only_token_reads_and_is_forbidden_to_write(double: Double) -> No
 
 def test_clusters_are_apart(double: Double, core: client.CoreV1Api) -> None:
     core.create_node(node_object("n1"))
-    other = client.CoreV1Api(double.client("two", "another-token"))
+    other = client.CoreV1Api(double.client(1, "another-token"))
     assert [n.metadata.name for n in core.list_node().items] == ["n1"]
     assert other.list_node().items == []
     with pytest.raises(ApiException) as refused:
-        client.CoreV1Api(double.client("two", TOKEN)).list_node()
+        client.CoreV1Api(double.client(1, TOKEN)).list_node()
     assert refused.value.status == 401
 
 
