@@ -236,6 +236,7 @@ class Batch:
         self.counts: list[tuple[str, str, str]] = []
         self.lags: list[float] = []
         self.security: list[tuple[str, str]] = []
+        self.alarm = False
 
     async def commit(self, conn: AsyncConnection, outcomes: Sequence[tuple[Received, Outcome]]) -> Ingested:
         """All of it, on a connection in system scope: nodes are looked up across tenants, the rest is the tenant's."""
@@ -285,9 +286,10 @@ class Batch:
             done.interruptions = [draft.id for draft in self.drafts if draft.new]
             done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
             done.launches = any(draft.launch for draft in self.drafts)
-        if done.quarantined and (await repository.quarantined_last_hour(conn, customer_id) > QUARANTINE_ALARM_PER_HOUR):
-            metrics.ALARMS.labels("quarantine").inc()
-            log.warning("quarantine.many", customer_id=str(customer_id), per_hour_limit=QUARANTINE_ALARM_PER_HOUR)
+        if done.quarantined:
+            lately = await repository.quarantined_last_hour(conn, customer_id)
+            # Once, when the limit is crossed: a flood of poison must not become a flood of alarms.
+            self.alarm = lately - done.quarantined <= QUARANTINE_ALARM_PER_HOUR < lately
         return done
 
     async def rematch(self, conn: AsyncConnection, rows: Sequence[InterruptionRow]) -> Ingested:
@@ -348,6 +350,11 @@ class Batch:
                 metrics.DROPPED.labels(reason).inc()
             elif outcome == "quarantined":
                 metrics.QUARANTINED.labels(reason).inc()
+        if self.alarm:
+            metrics.ALARMS.labels("quarantine").inc()
+            log.warning(
+                "quarantine.many", customer_id=str(self.facts.customer_id), per_hour_limit=QUARANTINE_ALARM_PER_HOUR
+            )
         for lag in self.lags:
             metrics.RECEIVE_LAG_SECONDS.observe(max(lag, 0.0))
         for reason, detail in self.security:
