@@ -260,6 +260,13 @@ def controls(*widgets: Any) -> pn.FlexBox:
     return pn.FlexBox(*widgets, gap="12px", align_items="center", sizing_mode="stretch_width", margin=0)
 
 
+def swap(holder: pn.Column, key: str, make: Callable[[], Any]) -> None:
+    """Put into the holder what ``key`` stands for, made only when it is not there already."""
+    if holder.tags != [key]:
+        holder.objects = [make()]
+        holder.tags = [key]
+
+
 def stack(*objects: Any) -> pn.Column:
     """A page's pieces below each other."""
     return pn.Column(*objects, sizing_mode="stretch_width", margin=0, css_classes=["stack"], stylesheets=[CSS])

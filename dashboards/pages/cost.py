@@ -8,7 +8,6 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-import panel as pn
 import panel_material_ui as pmui
 import param
 import pyarrow as pa
@@ -53,28 +52,18 @@ def build(view: View) -> Any:
     hours = plots.source({name: [] for name in plots.COST_COLUMNS})
     ratios = plots.source({"ts": [], "ratio": []})
     links = ui.inline()
-    nothing = ui.html(
-        ui.empty(
-            "No hour has been computed yet",
-            "Costs are computed hourly by Dagster from node hours and prices; the first rows appear after the first "
-            "full hour, or after a backfill of cluster_cost_hourly.",
-        )
-    )
-    charts = ui.stack(
-        ui.card(
-            "Cost of each hour",
-            trend_note,
-            ui.html(
-                ui.legend({"Spot": plots.SPOT, "On-demand": plots.ON_DEMAND, f"Baseline {BASELINE}": plots.BASELINE})
+    charts = ui.stack()
+
+    def drawn() -> Any:
+        legend = {"Spot": plots.SPOT, "On-demand": plots.ON_DEMAND, f"Baseline {BASELINE}": plots.BASELINE}
+        return ui.stack(
+            ui.card("Cost of each hour", trend_note, ui.html(ui.legend(legend)), plots.pane(plots.cost_hourly(hours))),
+            ui.card(
+                "Savings against B1 list",
+                plots.pane(plots.ratio_line(ratios, "ts", "ratio", "saved")),
+                note="Share of the baseline saved in each complete hour; below zero means that Spot cost more.",
             ),
-            plots.pane(plots.cost_hourly(hours)),
-        ),
-        ui.card(
-            "Savings against B1 list",
-            plots.pane(plots.ratio_line(ratios, "ts", "ratio", "saved")),
-            note="Share of the baseline saved in each complete hour; below zero means that Spot cost more.",
-        ),
-    )
+        )
 
     def refresh(*_: Any) -> None:
         cluster_id = clusters.get(chosen.cluster)
@@ -88,9 +77,10 @@ def build(view: View) -> Any:
         ui.put(by_type, type_table(cost.of(cluster_id)))
         ui.put(links, ui.downloads("cost", {"cluster": cluster_id and chosen.cluster, "window": chosen.window}))
         ui.put(trend_note, coverage_note(rows, span))
-        charts.visible, nothing.visible = bool(rows), not rows
         plots.replace(hours, hour_columns(rows, now))
         plots.replace(ratios, ratio_columns(rows))
+        # A figure over time without a point keeps the browser busy looking for ticks: none is made before there is one.
+        ui.swap(charts, "charts" if rows else "nothing", drawn if rows else nothing_computed)
 
     refresh()
     chosen.param.watch(refresh, ["cluster", "window"])
@@ -103,9 +93,20 @@ def build(view: View) -> Any:
             links,
         ),
         figures,
-        pn.Column(charts, nothing, sizing_mode="stretch_width", margin=0),
+        charts,
         ui.card("By cluster", by_cluster, note="Now, and complete hours of the last 7 days."),
         ui.card("By node type", by_type, note="Nodes running now at the newest known prices."),
+    )
+
+
+def nothing_computed() -> Any:
+    """In the charts' place while the lake has no hour."""
+    return ui.html(
+        ui.empty(
+            "No hour has been computed yet",
+            "Costs are computed hourly by Dagster from node hours and prices; the first rows appear after the first "
+            "full hour, or after a backfill of cluster_cost_hourly.",
+        )
     )
 
 

@@ -60,6 +60,11 @@ def build(view: View) -> Any:
     links = ui.inline()
     hours = plots.source({name: [] for name in ("ts", "spot", "on_demand", "total")})
 
+    chart = ui.stack()
+
+    def drawn() -> Any:
+        return plots.pane(plots.stacked_nodes(hours))
+
     def refresh(*_: Any) -> None:
         now = datetime.now(UTC)
         cluster_id, node_type = clusters.get(chosen.cluster), KINDS[chosen.bought]
@@ -75,7 +80,9 @@ def build(view: View) -> Any:
                 {"cluster": cluster_id and chosen.cluster, "bought": node_type and chosen.bought},
             ),
         )
-        plots.replace(hours, _history(view, cluster_id))
+        history = _history(view, cluster_id)
+        plots.replace(hours, history)
+        ui.swap(chart, "chart" if history["ts"] else "nothing", drawn if history["ts"] else nothing_computed)
 
     refresh()
     chosen.param.watch(refresh, ["cluster", "bought"])
@@ -92,10 +99,20 @@ def build(view: View) -> Any:
         ui.card(
             "Nodes over the last 7 days",
             ui.html(ui.legend({"Spot": plots.SPOT, "On-demand": plots.ON_DEMAND})),
-            plots.pane(plots.stacked_nodes(hours)),
+            chart,
             note="Mean number of nodes in each hour.",
         ),
         ui.card("Nodes now", node_rows, note="At the newest known price of each node's own pool."),
+    )
+
+
+def nothing_computed() -> Any:
+    """In the chart's place while the lake has no hour."""
+    return ui.html(
+        ui.empty(
+            "No full hour has been computed yet",
+            "Dagster computes node hours hourly; the first full hour appears here.",
+        )
     )
 
 

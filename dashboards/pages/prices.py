@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dashboards import components as ui
 from dashboards import plots
-from dashboards.data import Data, DataError, PriceRegion
+from dashboards.data import Data, DataError, LakeMissing, PriceRegion
 from dashboards.shell import View, heading, live, offer, restore
 
 WINDOWS = {"2 days": 2, "7 days": 7, "30 days": 30, "90 days": 90, "1 year": 366}
@@ -29,7 +29,7 @@ class PriceFilter(param.Parameterized):
 
 def build(view: View) -> Any:
     """The page's content."""
-    regions = {region.region: region for region in view.data.price_regions(view.customer_id)}
+    regions = _regions(view)
     if not regions:
         return ui.stack(
             heading("Spot prices"),
@@ -75,7 +75,11 @@ def build(view: View) -> Any:
         if last != [rows, listed]:
             last[:] = [rows, listed]
             sources = {zone: plots.source(columns) for zone, columns in zones.items()}
-            chart.objects = [plots.pane(plots.price_lines(sources, colors, float(listed) if listed else None))]
+            chart.objects = [
+                plots.pane(plots.price_lines(sources, colors, float(listed) if listed else None))
+                if zones
+                else ui.html(ui.empty("No price of this type in the window", "Choose another type or a longer window."))
+            ]
 
     def pick(event: Any) -> None:
         if event.new:
@@ -106,11 +110,14 @@ def build(view: View) -> Any:
 
 def _current(view: View, region: PriceRegion) -> PriceRegion:
     """The region as it is in the newest release: its last day moves at midnight."""
+    return _regions(view).get(region.region, region)
+
+
+def _regions(view: View) -> dict[str, PriceRegion]:
     try:
-        known = {found.region: found for found in view.data.price_regions(view.customer_id)}
-    except DataError:
-        return region
-    return known.get(region.region, region)
+        return {region.region: region for region in view.data.price_regions(view.customer_id)}
+    except LakeMissing:
+        return {}
 
 
 def zone_columns(rows: pa.Table) -> dict[str, dict[str, list[Any]]]:

@@ -67,6 +67,11 @@ def build(view: View) -> Any:
         }
     )
 
+    chart = ui.stack()
+
+    def drawn() -> Any:
+        return plots.pane(plots.savings_bars(days))
+
     def refresh(*_: Any) -> None:
         first, last = month_days(chosen.month)
         rows = view.data.savings_days(view.customer_id, first, last)
@@ -76,6 +81,7 @@ def build(view: View) -> Any:
         ui.put(links, ui.downloads("savings", {"month": chosen.month}))
         ui.put(files, report_links(chosen.month))
         plots.replace(days, bar_columns(rows))
+        ui.swap(chart, "chart" if rows else "nothing", drawn if rows else nothing_computed)
 
     refresh()
     chosen.param.watch(refresh, ["month"])
@@ -86,7 +92,7 @@ def build(view: View) -> Any:
         figures,
         ui.card(
             "Net savings of each day against B1 list",
-            plots.pane(plots.savings_bars(days)),
+            chart,
             note="Complete hours only. Below zero means that Spot cost more; paler days are not yet realised.",
         ),
         ui.card("Days", table, note="Net is gross less overlap, fallback premium and rework."),
@@ -101,6 +107,11 @@ def build(view: View) -> Any:
             note="As they were written, with the lake release each one read.",
         ),
     )
+
+
+def nothing_computed() -> Any:
+    """In the chart's place for a month without a day."""
+    return ui.html(ui.empty("No day of this month has been computed", "Choose another month."))
 
 
 def _months(view: View) -> list[str]:

@@ -164,9 +164,12 @@ def control_url(seeded: Seeded, redis_url: str, tmp_path_factory: pytest.TempPat
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, kept from talking to anybody by itself."""
+    """Debian's Chromium, kept from talking to anybody by itself.
+
+    One for each module: Playwright's event loop counts as running until it stops, so no other test may need one.
+    """
     if not CHROMIUM.exists():
         pytest.skip(f"Chromium is not installed at {CHROMIUM}; install it with `apt-get install chromium`")
     from playwright.sync_api import sync_playwright
