@@ -118,11 +118,13 @@ def _same_type(
     if sum(pool.instance_type == wanted.instance_type for pool in tried) >= SAME_TYPE_ATTEMPTS:
         return None
     pools_left = []
+    # Where the type has prices, a zone without one does not offer it.
+    priced = any((zone, wanted.instance_type) in market.spot for zone in market.zones)
     for zone in zones:
         # The type's interrupted zone stays out even when the node itself was On-Demand there.
         if zone == wanted.availability_zone or (wanted.instance_type, zone, "spot") in used:
             continue
-        pool = _spot_pool(wanted, wanted.instance_type, zone, market, limits, price_needed=False)
+        pool = _spot_pool(wanted, wanted.instance_type, zone, market, limits, price_needed=priced)
         if pool is not None:
             pools_left.append(pool)
     if not pools_left:
