@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -40,6 +40,10 @@ log = logging.getLogger("cloudoptim.sandbox")
 HISTORY_LIMIT = 20_000
 # EC2's own RunInstances bucket is larger; a sandbox that launches faster than this is in a loop.
 RATE_LIMITS = {"RunInstances": (200.0, 5.0)}
+
+
+class SandboxError(Exception):
+    """The sandbox cannot start; the message says why and what to do."""
 
 
 class SandboxSettings(BaseSettings):
@@ -220,14 +224,29 @@ class Sandbox:
             return
         # SQLAlchemy and psycopg cost 30 MB for one second of work: in a process of its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            await asyncio.get_running_loop().run_in_executor(
+            failure = await asyncio.get_running_loop().run_in_executor(
                 process,
-                register,
+                _register_and_say,
                 settings.database_url,
                 settings.master_key.get_secret_value(),
                 settings.api_key_pepper.get_secret_value(),
                 customers,
             )
+        if failure:
+            raise SandboxError(f"the customers cannot be registered: {failure}")
+
+
+def _register_and_say(database_url: str, master_key: str, pepper: str, customers: list[Registered]) -> str:
+    """`register` in a process of its own: what went wrong in one line, or nothing."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        register(database_url, master_key, pepper, customers)
+    except SQLAlchemyError as error:
+        return f"{str(error.__cause__ or error).splitlines()[0]}; check DATABASE_URL and run `cloudoptim migrate`"
+    except ValueError as error:
+        return f"{error}; check CLOUDOPTIM_MASTER_KEY and API_KEY_SALT"
+    return ""
 
 
 def _customer_address(customer: Registered) -> dict[str, Any]:
@@ -272,5 +291,10 @@ def run(settings: Settings) -> None:
     )
     try:
         asyncio.run(_run(settings))
-    except OSError as error:
+    except ValidationError as error:
+        wrong = "; ".join(f"CLOUDOPTIM_SANDBOX_{str(d['loc'][0]).upper()}: {d['msg']}" for d in error.errors())
+        raise SystemExit(f"cloudoptim sandbox: {wrong}") from None
+    except SandboxError as error:
         raise SystemExit(f"cloudoptim sandbox: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"cloudoptim sandbox: {error} (CLOUDOPTIM_SANDBOX_PORT, CLOUDOPTIM_HOME)") from None

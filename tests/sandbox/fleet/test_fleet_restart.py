@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.sandbox.fleet.harness import RunningSandbox, eventually, instance_of
 
 
@@ -76,3 +78,17 @@ def test_interruptions_are_drawn_and_some_are_announced_by_a_recommendation(
 
     eventually(both, 60)
     sandbox.stop()
+
+
+def test_what_keeps_it_from_starting_is_said_in_one_line(make_sandbox: Callable[..., RunningSandbox]) -> None:
+    for environment, words in (
+        ({"CLOUDOPTIM_SANDBOX_SPEED": "fast"}, "CLOUDOPTIM_SANDBOX_SPEED"),
+        ({"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}, "check DATABASE_URL"),
+    ):
+        sandbox = make_sandbox(**environment)
+        with pytest.raises(AssertionError, match="the sandbox ended"):
+            sandbox.start()
+        lines = sandbox.log.read_text().strip().splitlines()
+        assert words in lines[-1]
+        assert not any("Traceback" in line for line in lines)
+        sandbox.log.unlink()
