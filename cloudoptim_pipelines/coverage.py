@@ -98,11 +98,12 @@ def partition_locks(database: SyncDatabase, table_name: str, keys: Sequence[str]
     """Hold the partitions of one table while they are read, computed and replaced.
 
     Dagster may run one partition twice at once (dagster#15155); the second waits here and then replaces the same rows.
-    The locks end with the session, so a killed run holds nothing.
+    The locks end with the session, so a killed run holds nothing. They are taken latest day first by everybody, so that
+    a run may ask for earlier days while it holds later ones.
     """
     with database.system() as connection:
         connection.execute(
             text("SELECT pg_advisory_xact_lock(hashtextextended(key, 0)) FROM unnest(CAST(:keys AS text[])) key"),
-            {"keys": sorted(f"{table_name}/{key}" for key in keys)},
+            {"keys": sorted((f"{table_name}/{key}" for key in keys), reverse=True)},
         )
         yield

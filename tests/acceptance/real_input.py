@@ -269,7 +269,7 @@ def cross_check(data: Path) -> dict[str, str]:
     """Cost and baseline of the same fleet by other means: Polars, straight from the recorded files.
 
     Every node's every full hour from the fleet's start to the recording's end, at the price last recorded at or before
-    its start (seven days back at most) and the list price of its type in the region; money in whole 1e-8 dollars.
+    its start (180 days back at most) and the list price of its type in the region; money in whole 1e-8 dollars.
     """
     import polars as pl
 
@@ -292,7 +292,7 @@ def cross_check(data: Path) -> dict[str, str]:
     priced = (
         hours.join(nodes, how="cross")
         .sort("at")
-        .join_asof(prices, on="at", by=["region", "zone", "type"], strategy="backward", tolerance="7d")
+        .join_asof(prices, on="at", by=["region", "zone", "type"], strategy="backward", tolerance="180d")
         .join(
             pl.read_parquet(root / "on_demand_price.parquet").select(
                 "region", type="instance_type", listed="on_demand_price_usd"

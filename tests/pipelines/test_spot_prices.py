@@ -45,7 +45,7 @@ def test_the_lake_holds_exactly_the_records_of_the_days(world: World, serve) -> 
         for p in some_prices()
         if p["region"] == "us-east-1" and p["timestamp"] >= at(18)
     )
-    rows = world.query("SELECT * FROM spot_prices")
+    rows = world.query("SELECT * FROM spot_prices WHERE day >= $first", first=at(18).date())
     assert sorted((r["ts"], r["zone_id"], r["price_usd_per_hour"].normalize()) for r in rows) == [
         (ts, zone, usd.normalize()) for ts, zone, usd in expected
     ]
@@ -66,6 +66,27 @@ def test_the_current_price_is_the_newest_also_when_it_changed_before_the_window(
         ("use1-az1", Decimal("0.03100000"), at(12, 3)),
         ("use1-az2", Decimal("0.04400000"), at(20, 9)),
     ]
+
+
+def test_the_price_in_force_is_kept_in_its_own_day_which_stays_a_gap(world: World, serve) -> None:
+    serve(
+        [price(at(12, 3), "m5.large", 0.031), price(at(12, 4), "m5.large", 0.033), price(at(20, 9), "m5.large", 0.04)]
+    )
+    for _ in range(2):
+        world.run(["spot_prices"], "2026-11-20|us-east-1")
+    rows = world.query("SELECT ts, price_usd_per_hour AS usd, source FROM spot_prices ORDER BY ts")
+    assert [(r["ts"], float(r["usd"]), r["source"]) for r in rows] == [
+        (at(12, 4), 0.033, "aws_history"),
+        (at(20, 9), 0.04, "observed"),
+    ]
+    assert [r["partition_key"] for r in world.sql("SELECT partition_key FROM partition_coverage")] == [
+        "2026-11-20|us-east-1"
+    ]
+    # Reading that day brings the rest of it, and the day after it the price at its midnight.
+    world.run(["spot_prices"], "2026-11-12|us-east-1")
+    assert [
+        r["ts"].hour for r in world.query("SELECT ts FROM spot_prices WHERE day = $d ORDER BY ts", d=at(12).date())
+    ] == [3, 4]
 
 
 def test_an_older_day_does_not_take_back_the_current_price(world: World, serve) -> None:

@@ -20,8 +20,8 @@ from cloudoptim_pipelines.resources import Warehouse
 from warehouse.lake.query import Snapshot
 from warehouse.lake.staging import Staged
 
-# A price holds until the next change. Pools change several times a day; a price older than this is not believed.
-PRICE_LOOKBACK = timedelta(days=7)
+# A price holds until the next change, and one pool in ten does not change for a month; an older one is not believed.
+PRICE_LOOKBACK = timedelta(days=180)
 CHUNK_DAYS = 31
 _PRICES_OF_THE_DAY = dg.MultiToSingleDimensionPartitionMapping("day")
 _SHARED: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """Spot prices: from AWS's price history to the lake and to the table of current prices."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -105,14 +106,10 @@ def _ingest(warehouse: Warehouse, reader: LakeReader, region: str, days: DayRang
         fetched = _fetch(warehouse, region, days.start - OVERLAP, asked_until, report)
         cleaned = shape.clean(fetched, fetched_at=now, list_prices=list_prices(warehouse, region))
         fresh = shape.inside(cleaned.rows, days)
-        with warehouse.database.system() as connection:
-            written = coverage.load(connection, TABLE, keys=keys)
-        existing = _existing(reader, region, days) if written else fresh.head(0)
+        existing = _existing(reader, region, days.days())
         rows = merge(existing, fresh, shape.KEY)
-        warehouse.publish(
-            [PartitionWrite(TABLE, {"day": days.days(), "region": region}, rows)],
-            run_id,
-        )
+        warehouse.publish([PartitionWrite(TABLE, {"day": days.days(), "region": region}, rows)], run_id)
+        _keep_prices_in_force(warehouse, reader, region, shape.before(cleaned.rows, days), run_id)
         priced_before = bool((cleaned.rows["ts"] <= days.start).any())
         facts = shape.day_facts(rows, region, days, asked_until=asked_until, priced_before=priced_before)
         with warehouse.database.system() as connection:
@@ -150,10 +147,29 @@ def list_prices(warehouse: Warehouse, region: str) -> pl.DataFrame:
     )
 
 
-def _existing(reader: LakeReader, region: str, days: DayRange) -> pl.DataFrame:
+def _keep_prices_in_force(
+    warehouse: Warehouse, reader: LakeReader, region: str, rows: pl.DataFrame, run_id: str
+) -> None:
+    """Write the prices in force when the days began into the days they are from, where nobody has read those days.
+
+    Without them a pool whose price did not change since would have no price. Such days stay uncovered: they are gaps.
+    """
+    keys = {price_key(day, region): day for day in rows["ts"].dt.date().unique()}
+    with warehouse.database.system() as connection:
+        read = {row.partition_key for row in coverage.load(connection, TABLE, keys=list(keys))}
+    days = sorted(day for key, day in keys.items() if key not in read)
+    if not days:
+        return
+    with coverage.partition_locks(warehouse.database, TABLE, [price_key(day, region) for day in days]):
+        kept = rows.filter(pl.col("ts").dt.date().is_in(days))
+        merged = merge(_existing(reader, region, days), kept, shape.KEY)
+        warehouse.publish([PartitionWrite(TABLE, {"day": days, "region": region}, merged)], run_id)
+
+
+def _existing(reader: LakeReader, region: str, days: Sequence[date]) -> pl.DataFrame:
     return reader.pin().frame(
-        "SELECT * EXCLUDE (day) FROM spot_prices WHERE region = $region AND day BETWEEN $first AND $last",
-        {"region": region, "first": days.first, "last": days.last},
+        "SELECT * EXCLUDE (day) FROM spot_prices WHERE region = $region AND day IN (SELECT unnest($days))",
+        {"region": region, "days": list(days)},
     )
 
 

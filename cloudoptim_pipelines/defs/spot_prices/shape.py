@@ -89,6 +89,11 @@ def inside(rows: pl.DataFrame, days: DayRange) -> pl.DataFrame:
     return rows.filter((pl.col("ts") >= days.start) & (pl.col("ts") < days.end))
 
 
+def before(rows: pl.DataFrame, days: DayRange) -> pl.DataFrame:
+    """The price in force at the start of ``days`` of every pool and product, where it is from an earlier day."""
+    return newest(rows.filter(pl.col("ts") < days.start))
+
+
 def newest(rows: pl.DataFrame) -> pl.DataFrame:
     """The last row of every pool and product."""
     return rows.sort("ts").unique(["zone_id", "instance_type", "product"], keep="last", maintain_order=True)

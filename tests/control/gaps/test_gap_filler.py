@@ -138,7 +138,7 @@ async def test_scattered_partitions_are_one_backfill_and_a_cancelled_one_is_resu
     assert again.json()["fill_id"] == fill["fill_id"]
 
     # One of the cancelled two comes by other means; it must not be read again.
-    with_gaps.materialize(key(-4))
+    await asyncio.to_thread(with_gaps.materialize, key(-4))
     written = with_gaps.sql("SELECT written_at FROM partition_coverage WHERE partition_key = %s", key(-4))
     resumed = await filler.ok("POST", f"/admin/gap-filler/{stopped['fill_id']}/resume")
     assert resumed["dagster_run_id"], "one partition is left: one run"
@@ -150,7 +150,7 @@ async def test_scattered_partitions_are_one_backfill_and_a_cancelled_one_is_resu
 
     done = await ended(filler, fill["fill_id"])
     assert (done["state"], done["partitions_done"]) == ("succeeded", 2), done
-    assert await open_gaps(filler, lookback_days=8) == []
+    assert {gap["partition_key"] for gap in await open_gaps(filler)} <= {key(0)}, "only the running day may lack hours"
     listed = (await filler.ok("GET", "/admin/gap-filler/fills"))["fills"]
     assert {fill["fill_id"], stopped["fill_id"]} <= {row["fill_id"] for row in listed}
 
@@ -229,13 +229,15 @@ async def test_a_launch_whose_answer_was_lost_is_found_again_not_repeated(filler
         await service.start_fill(filler.db, dagster, ADMIN, table_name="spot_prices", partitions=wanted, gap_ids=[])
     await dagster.close()
     (fill_id,) = with_gaps.sql("SELECT id FROM gap_fills WHERE state = 'requested'")[0]
-    done = await ended(filler, str(fill_id))
-    assert (done["state"], done["partitions_done"]) == ("succeeded", 1)
+    found = await filler.ok("GET", f"/admin/gap-filler/{fill_id}")
+    assert found["state"] == "running"
+    assert found["dagster_run_id"]
     tagged = with_gaps.graphql(
         "query($f: RunsFilter!) { runsOrError(filter: $f) { ... on Runs { results { runId } } } }",
         f={"tags": [{"key": "cloudoptim/fill_id", "value": str(fill_id)}]},
     )
-    assert len(tagged["runsOrError"]["results"]) == 1
+    assert [run["runId"] for run in tagged["runsOrError"]["results"]] == [found["dagster_run_id"]]
+    await filler.ok("POST", f"/admin/gap-filler/{fill_id}/cancel")
 
 
 async def test_without_dagster_the_request_is_written_down_and_said_so(stack: Stack, redis_url: str) -> None:
