@@ -18,8 +18,8 @@ up: install ## start everything (installs first when needed)
 
 install: $(STAMP) ## make .venv from requirements.lock, hashes checked
 
-$(STAMP): requirements.lock pyproject.toml tools/install
-	@tools/install
+$(STAMP): requirements.lock pyproject.toml deploy/install
+	@deploy/install
 	@touch $@
 
 test: install browser ## the default lane, without the marked long ones
@@ -51,7 +51,7 @@ format: install ## rewrite to the house's format
 	$(PYTHON) -m ruff check --fix .
 
 browser: ## Chromium for browser tests: installed as root where missing, otherwise they say why they skip
-	@tools/browser
+	@deploy/browser
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	.venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --all-extras --upgrade \
