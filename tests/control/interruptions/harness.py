@@ -97,12 +97,11 @@ class Stage:
 
     async def _join_replacements(self) -> None:
         """Instances of ours become Ready nodes, as an agent would report them."""
-        known: set[str] = set()
         while True:
+            known = set(self.tenant.instances)
             for instance in self.ours(alive=True):
                 if instance.instance_id in known:
                     continue
-                known.add(instance.instance_id)
                 await asyncio.sleep(self.join_seconds)
                 await self.tenant.node(
                     instance.instance_id,
@@ -136,6 +135,17 @@ class Stage:
         async with self.db.tenant(self.tenant.customer_id) as conn:
             await record_report(conn, cluster_id=self.tenant.cluster_id, task_id=task.task_id, report=report)
         await self.bells.ring("interruptions")
+
+    async def pause(self) -> None:
+        """Stop the agent and the joining of nodes, before the database goes away."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.db.engine.dispose()
+
+    async def resume(self) -> None:
+        """Start agent and joining (again)."""
+        self._tasks = [asyncio.create_task(self._agent()), asyncio.create_task(self._join_replacements())]
 
     # --- our processes
 
@@ -223,7 +233,7 @@ async def stage(
                 {"role": account.role_arn, "queue": account.queue_url, "id": tenant.customer_id},
             )
         found = Stage(aws, db, bells, tenant, database_url, redis_url, log_folder)
-        found._tasks = [asyncio.create_task(found._agent()), asyncio.create_task(found._join_replacements())]
+        await found.resume()
         try:
             yield found
         finally:
