@@ -18,7 +18,7 @@ from dashboards import components as ui
 from dashboards.api import ControlApi
 from dashboards.auth import Login, Logins
 from dashboards.config import DashboardSettings
-from dashboards.data import Data, DataError
+from dashboards.data import Customer, Data, DataError
 
 log = logging.getLogger("cloudoptim.dashboards")
 
@@ -60,10 +60,6 @@ PAGE_SX = {
     "& .main": {"backgroundColor": "background.default"},
     "& .logo": {"height": "30px"},
 }
-
-
-# The bar's own text colour is meant for a coloured bar.
-_ON_BAR = ".MuiInputBase-root, .MuiSelect-icon, .MuiInputLabel-root { color: inherit !important; }"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +114,12 @@ def page(services: Services, pages: tuple[PageSpec, ...], spec: PageSpec) -> Any
     if context is not None:
         services.logins.open_page(context.id, login)
         pn.state.on_session_destroyed(lambda ended: services.logins.close_page(ended.id))
-    header, content = _content(services, spec, login)
+    header, above, content = _content(services, spec, login)
     shell = pmui.Page(
         meta_title=f"{spec.title} · CloudOptim",
         logo={"xs": ui.ASSETS / "mark.svg", "md": ui.ASSETS / "logo.svg"},
         favicon=ui.ASSETS / "mark.svg",
-        sidebar=[_navigation(services, pages, spec, login)],
+        sidebar=[*above, _navigation(services, pages, spec, login)],
         sidebar_width=208,
         sidebar_resizable=False,
         header=header,
@@ -141,33 +137,40 @@ def page(services: Services, pages: tuple[PageSpec, ...], spec: PageSpec) -> Any
     return shell
 
 
-def _content(services: Services, spec: PageSpec, login: Login) -> tuple[list[Any], Any]:
-    """Header pieces and content of the page, or the error in the content's place."""
+def _content(services: Services, spec: PageSpec, login: Login) -> tuple[list[Any], list[Any], Any]:
+    """Header, what stands above the navigation, and the page's content or the error in its place."""
     try:
         customers = services.data.customers() if login.platform_admin else []
         if login.customer_id is None or (customers and login.customer_id not in {known.id for known in customers}):
             login.customer_id = customers[0].id if customers else None
         if login.customer_id is None:
-            return [_environment(services)], ui.html(
-                ui.empty(
-                    "There is no customer yet",
-                    "Create one with POST /api/v1/customers, connect its AWS account and its first cluster; "
-                    "its pages appear here.",
-                )
+            return (
+                [_environment(services)],
+                [],
+                ui.html(
+                    ui.empty(
+                        "There is no customer yet",
+                        "Create one with POST /api/v1/customers, connect its AWS account and its first cluster; "
+                        "its pages appear here.",
+                    )
+                ),
             )
         view = View(services, login, login.customer_id)
-        header = _header(view, customers)
-        return header, spec.build(view)
+        return [_header(view)], _customer_choice(view, customers), spec.build(view)
     except DataError as error:
-        return [_environment(services)], ui.html(ui.problem(error.what, error.why, error.next_step))
+        return [_environment(services)], [], ui.html(ui.problem(error.what, error.why, error.next_step))
     except Exception:
         log.exception("page %s failed", spec.slug)
-        return [_environment(services)], ui.html(
-            ui.problem(
-                "This page failed",
-                "The dashboards met an error of their own; it is in their log with its cause.",
-                "reload the page; if it stays, send the log of the process named dashboards.",
-            )
+        return (
+            [_environment(services)],
+            [],
+            ui.html(
+                ui.problem(
+                    "This page failed",
+                    "The dashboards met an error of their own; it is in their log with its cause.",
+                    "reload the page; if it stays, send the log of the process named dashboards.",
+                )
+            ),
         )
 
 
@@ -203,7 +206,7 @@ def freshness_text(view: View, now: datetime) -> str:
     return f"{until} · lake release {fresh.release_id}, {ui.ago(fresh.released_at, now)}"
 
 
-def _header(view: View, customers: list[Any]) -> list[Any]:
+def _header(view: View) -> Any:
     sandbox, name = view.services.settings.sandbox, view.login.name
 
     def text() -> Markup:
@@ -211,19 +214,24 @@ def _header(view: View, customers: list[Any]) -> list[Any]:
 
     top = ui.html(text())
     live(lambda: ui.put(top, text()), period_ms=2 * REFRESH_MS)
-    if not view.login.platform_admin or len(customers) < 2:
-        return [top]
-    names = {customer.name: customer.id for customer in customers}
+    return top
+
+
+def _customer_choice(view: View, customers: list[Customer]) -> list[Any]:
+    """Whose data to look at, for a platform admin of several customers. The choice lives in the login."""
+    if len(customers) < 2:
+        return []
+    names: dict[str, UUID] = {}
+    for customer in customers:
+        names[customer.name if customer.name not in names else f"{customer.name} ({customer.id})"] = customer.id
     chosen = next((known for known, id_ in names.items() if id_ == view.customer_id), None)
     select = pmui.Select(
         label="Customer",
         options=list(names),
         value=chosen,
         size="small",
-        width=200,
-        margin=(4, 12),
-        variant="outlined",
-        stylesheets=[_ON_BAR],
+        sizing_mode="stretch_width",
+        margin=(16, 12, 4, 12),
     )
 
     def change(event: Any) -> None:
@@ -232,7 +240,7 @@ def _header(view: View, customers: list[Any]) -> list[Any]:
             pn.state.location.param.update(search="", reload=True)
 
     select.param.watch(change, "value")
-    return [select, top]
+    return [select]
 
 
 def live(refresh: Callable[[], None], *, period_ms: int = REFRESH_MS) -> None:

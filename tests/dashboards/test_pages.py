@@ -193,7 +193,7 @@ def test_dark_is_kept_on_the_next_page(tab: Tab) -> None:
 def test_a_platform_admin_changes_the_customer_and_sees_only_that_one(tab: Tab, seeded: Seeded) -> None:
     tab.open("/nodes")
     tab.page.get_by_role("combobox").filter(has_text=seeded.world.first.name).click()
-    tab.page.get_by_role("option", name=seeded.world.second.name).click(timeout=PATIENCE_MS)
+    tab.page.get_by_role("menuitem", name=seeded.world.second.name).click(timeout=PATIENCE_MS)
     shop = seeded.world.second.nodes[0]["node_name"]
     tab.page.locator("td", has_text="shop").first.wait_for(timeout=PATIENCE_MS)
     assert tab.page.locator("td", has_text="production").count() == 0
