@@ -37,8 +37,10 @@ storm: install ## load
 crash: install ## kill -9 at every point
 	$(PYTEST) -m crash $(ARGS)
 
-bench: install ## speed figures beside a peer
-	$(PYTEST) -m benchmark -s $(ARGS)
+# One of them with its options: make bench BENCH=lake ARGS="--rows 1000000"
+BENCH ?= $(patsubst tests/benchmarks/bench_%.py,%,$(wildcard tests/benchmarks/bench_*.py))
+bench: install ## speed figures beside a peer, one after the other
+	@set -e; for name in $(BENCH); do echo "== $$name"; $(PYTHON) -m tests.benchmarks.bench_$$name $(ARGS); done
 
 lint: install ## format, lint, types, layering
 	$(PYTHON) -m ruff format --check .

@@ -40,13 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Tests that measure the machine (acceptance, benchmark) have it to themselves; the others run side by side.
+    """Tests of the whole product, which measure it too, have the machine to themselves; the others run side by side.
 
     Outermost, so that neither waiting counts against a test's timeout nor a module's fixtures start too early.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
-    alone = any(item.get_closest_marker(name) for name in ("acceptance", "benchmark"))
+    alone = item.get_closest_marker("acceptance") is not None
     # Everybody passes the turnstile; who wants the room alone keeps it until done, so that no newcomer overtakes.
     shared = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
     with (shared / "turnstile").open("w") as turnstile, (shared / "room").open("w") as room:
