@@ -43,6 +43,7 @@ class InboxMessage(Base):
             postgresql_where=text("outcome = 'quarantined'"),
         ),
         Index("ix_inbox_messages_received_at", "received_at"),
+        Index("ix_inbox_messages_waiting", "received_at", postgresql_where=text("outcome = 'waiting'")),
     )
 
     customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
@@ -68,6 +69,7 @@ class SpotEventRecord(HasId, Base):
         UniqueConstraint("customer_id", "source", "dedupe_key"),
         Index("ix_spot_events_cluster", "customer_id", "cluster_id", "received_at"),
         Index("ix_spot_events_instance", "customer_id", "instance_id"),
+        Index("ix_spot_events_interruption", "interruption_id"),
     )
 
     customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
@@ -311,6 +313,14 @@ class LaunchAttempt(HasId, HasCreatedAt, Base):
             "intent_id",
             unique=True,
             postgresql_where=text(one_of("state", *LIVE_ATTEMPT_STATES)),
+        ),
+        Index(
+            "ix_launch_attempts_running",
+            "state",
+            postgresql_where=text("state IN ('launched', 'adopted', 'terminating')"),
+        ),
+        Index(
+            "ix_launch_attempts_recent", "customer_id", "created_at", postgresql_where=text("instance_id IS NOT NULL")
         ),
         ForeignKeyConstraint(
             ["customer_id", "intent_id"], ["launch_intents.customer_id", "launch_intents.id"], ondelete="CASCADE"
