@@ -127,7 +127,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.authenticator = Authenticator(
         context.db, context.tokens, context.pepper, context.limiter, parse_networks(settings.trusted_proxies)
     )
-    context.ingest = Ingest(settings.database_url)
+    context.ingest = Ingest(settings.database_url, context.bells)
     context.watch = Watch(context.db, context.bells)
     app.state.context = context
     async with contextlib.AsyncExitStack() as stack:

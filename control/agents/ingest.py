@@ -9,7 +9,6 @@ the system role may insert into them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -23,14 +22,17 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from control.agents import metrics_repository as repository
 from control.agents.samples import Batch
+from control.bus.bells import Bells
 from control.errors import Invalid, NotFound, TooMany, Unavailable
 from control.observability import BATCHES, SAMPLES
 from warehouse.postgres.session import Database
 
-WRITERS = 3
+# Two: while one commits, the other's group fills. More make smaller groups and more work per sample.
+WRITERS = 2
 MAX_GROUP = 64
 MAX_WAITING = 512
 SERIES_LIMIT = 50_000
+SEEN_EVERY_SECONDS = 5.0
 # Slots of the linear counter: four times the limit keeps its error below one per cent.
 _SLOTS = 1 << 18
 
@@ -80,19 +82,20 @@ class SeriesCounter:
 
 
 class Ingest:
-    """Group commit for the process. ``changed`` yields clusters whose nodes changed, after the commit."""
+    """Group commit for the process; rings the bells of clusters whose nodes changed, after the commit."""
 
-    def __init__(self, database_url: str, *, writers: int = WRITERS) -> None:
+    def __init__(self, database_url: str, bells: Bells, *, writers: int = WRITERS) -> None:
         self._db = Database(database_url, pool_size=writers, max_overflow=1)
+        self._bells = bells
         self._writers = writers
         self._waiting: list[_Waiting] = []
         self._work = asyncio.Event()
         self._stopping = False
         self._days: set[date] = set()
+        self._seen: dict[UUID, tuple[float, str | None]] = {}
         self._days_lock = asyncio.Lock()
         self.series = SeriesCounter()
         self.capacities: dict[UUID, dict[str, tuple[float, float]]] = {}
-        self._changed: asyncio.Queue[tuple[UUID, UUID]] = asyncio.Queue(maxsize=10_000)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -130,10 +133,6 @@ class Ingest:
                 node.node_name: (node.cpu_cores, float(node.memory_bytes)) for node in batch.state.nodes
             }
         return answer
-
-    async def changed(self) -> tuple[UUID, UUID]:
-        """The next (customer_id, cluster_id) whose nodes changed."""
-        return await self._changed.get()
 
     async def _write(self) -> None:
         while True:
@@ -184,6 +183,7 @@ class Ingest:
             new = [batch for batch in batches if (batch.cluster_id, batch.batch_id) not in stored]
             await repository.copy_samples(conn, new)
             await repository.mark_late_days(conn, {day for batch in new for day in batch.late_days})
+            await repository.mark_seen(conn, self._unseen(new))
             changed = await repository.apply_states(conn, new)
         log.debug("ingest.committed", batches=len(new), seconds=round(time.perf_counter() - started, 4))
         for batch in new:
@@ -192,9 +192,13 @@ class Ingest:
             SAMPLES.labels("duplicate").inc(batch.duplicate)
         BATCHES.labels("new").inc(len(new))
         BATCHES.labels("repeated").inc(len(group) - len(new))
-        for place in changed:
-            with contextlib.suppress(asyncio.QueueFull):
-                self._changed.put_nowait(place)
+        if changed:
+            # A replacement may have become Ready, a late node may be the owner of an unmatched event.
+            await asyncio.gather(
+                self._bells.ring("interruptions"),
+                self._bells.ring("outbox"),
+                *(self._bells.ring("clusters", cluster_id) for _, cluster_id in changed),
+            )
         for waiting in group:
             batch = waiting.batch
             key = (batch.cluster_id, batch.batch_id)
@@ -212,6 +216,16 @@ class Ingest:
                         code="batch_id_reused",
                     )
                 )
+
+    def _unseen(self, batches: Sequence[Batch]) -> dict[UUID, str | None]:
+        """Clusters, with their agents' versions, that were not noted as seen within the last seconds."""
+        now, news = time.monotonic(), {}
+        for batch in batches:
+            noted, version = self._seen.get(batch.cluster_id, (0.0, None))
+            if now - noted > SEEN_EVERY_SECONDS or version != batch.agent_version:
+                news[batch.cluster_id] = batch.agent_version
+                self._seen[batch.cluster_id] = (now, batch.agent_version)
+        return news
 
     async def _ensure_days(self, days: set[date]) -> None:
         if days <= self._days:

@@ -159,15 +159,17 @@ _TELL_CHANGE = text("""
 """)
 
 
+async def mark_seen(conn: AsyncConnection, versions: dict[UUID, str | None]) -> None:
+    """Note that the clusters' agents (of these versions) were heard of."""
+    if versions:
+        await conn.execute(_SEEN, {"cluster_ids": list(versions), "versions": list(versions.values())})
+
+
 async def apply_states(conn: AsyncConnection, batches: Sequence[Batch]) -> list[tuple[UUID, UUID]]:
-    """Note that the clusters were heard of, and take in their newest states; returns those whose nodes changed.
+    """Take in the clusters' newest states; returns (customer_id, cluster_id) of those whose nodes changed.
 
     A state older than the one already stored changes nothing.
     """
-    if not batches:
-        return []
-    versions = {batch.cluster_id: batch.agent_version for batch in batches}
-    await conn.execute(_SEEN, {"cluster_ids": list(versions), "versions": list(versions.values())})
     newest: dict[UUID, ClusterState] = {}
     for batch in batches:
         known = newest.get(batch.cluster_id)

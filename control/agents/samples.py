@@ -13,7 +13,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any
 from uuid import UUID
 
@@ -309,14 +310,15 @@ def _judge(
     capacities: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
     count = len(samples.metric)
-    # Codes instead of names from here on: one dictionary entry per series and per distinct time.
-    code_of: dict[tuple[str, str], int] = {}
-    codes = np.fromiter(
-        (code_of.setdefault(pair, len(code_of)) for pair in zip(samples.metric, samples.subject, strict=True)),
-        np.int64,
-        count,
-    )
-    series = list(code_of)
+    # Codes instead of names from here on. An agent's batch is one moment of every series, so mostly each is there once.
+    series = list(zip(samples.metric, samples.subject, strict=True))
+    codes = np.arange(count)
+    code_of = dict.fromkeys(series)
+    if len(code_of) < count:
+        code_of = {pair: code for code, pair in enumerate(code_of)}
+        codes = np.fromiter(map(code_of.__getitem__, series), np.int64, count)
+        series = list(code_of)
+    facts = list(map(_facts_of, series))
     times, time_reasons = _times(samples.ts, now)
     verdict: dict[int, str] = {}
 
@@ -324,10 +326,9 @@ def _judge(
         for position in np.flatnonzero(mask):
             verdict.setdefault(int(position), reason)
 
-    reasons = [_series_reason(metric, subject) for metric, subject in series]
-    for code, reason in enumerate(reasons):
-        if reason:
-            refuse(codes == code, reason)
+    for code, fact in enumerate(facts):
+        if fact.reason:
+            refuse(codes == code, fact.reason)
     for stamp, reason in time_reasons.items():
         refuse(times == stamp, reason)
     values = samples.value
@@ -337,7 +338,11 @@ def _judge(
         negative = values < 0
     if negative.any():
         refuse(negative, "value is negative")
-    ceilings = np.array([_ceiling(metric, subject, capacities) for metric, subject in series] or [0.0])
+    ceilings = np.array([fact.ceiling for fact in facts] or [0.0])
+    for code, (pair, fact) in enumerate(zip(series, facts, strict=True)) if capacities else ():
+        if fact.capacity_factor and pair[1] in capacities:
+            capacity = capacities[pair[1]][fact.capacity_column] * fact.capacity_factor
+            ceilings[code] = capacity if 0 < capacity < fact.ceiling else fact.ceiling
     if count:
         with np.errstate(invalid="ignore"):
             suspect = values > ceilings[codes]
@@ -354,24 +359,26 @@ def _judge(
         duplicate = _drop_repeated(codes, times, values, keep)
     rejected = rejected + [(int(samples.index[position]), reason) for position, reason in verdict.items()]
     rejected.sort()
-    prefixes = [
-        b"" if reason else _prefix(customer_id, cluster_id, *pair) for pair, reason in zip(series, reasons, strict=True)
-    ]
+    head = _row_head(customer_id, cluster_id)
     kept_codes, kept_times, kept_values = codes[keep], times[keep], values[keep]
     late = kept_times < _microseconds(now - LATE_AFTER)
-    days = kept_times // _DAY_US
     rows: dict[date, bytes] = {}
-    for day in np.unique(days):
-        chosen = days == day
-        rows[_day(int(day))] = _pack(prefixes, kept_codes[chosen], kept_times[chosen], kept_values[chosen])
+    late_days: set[date] = set()
+    if len(kept_times):
+        for number in range(int(kept_times.min()) // _DAY_US, int(kept_times.max()) // _DAY_US + 1):
+            chosen = kept_times // _DAY_US == number
+            if chosen.any():
+                rows[_day(number)] = _pack(head, facts, kept_codes[chosen], kept_times[chosen], kept_values[chosen])
+                if late[chosen].any():
+                    late_days.add(_day(number))
     return {
         "accepted": int(keep.sum()),
         "duplicate": duplicate,
         "late": int(late.sum()),
         "rejected": rejected,
         "rows": rows,
-        "late_days": {_day(int(day)) for day in np.unique(days[late])},
-        "series": [pair for pair, reason in zip(series, reasons, strict=True) if not reason],
+        "late_days": late_days,
+        "series": [pair for pair, fact in zip(series, facts, strict=True) if not fact.reason],
     }
 
 
@@ -433,15 +440,38 @@ def _series_reason(metric: str, subject: str) -> str | None:
     return f"subject is longer than {MAX_SUBJECT_BYTES} bytes" if size > MAX_SUBJECT_BYTES else None
 
 
-def _ceiling(metric: str, subject: str, capacities: Mapping[str, tuple[float, float]]) -> float:
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is the same for all samples of a series: why it is refused, its part of a COPY row, its ceiling."""
+
+    reason: str | None
+    row_part: bytes
+    ceiling: float
+    capacity_factor: float
+    capacity_column: int
+
+
+@lru_cache(maxsize=1 << 16)
+def _facts_of(pair: tuple[str, str]) -> _Facts:
+    metric, subject = pair
+    if reason := _series_reason(metric, subject):
+        return _Facts(reason, b"", 0.0, 0.0, 0)
     unit = "cores" if metric.endswith("_cores") else "bytes" if metric.endswith("_bytes") else "count"
-    ceiling = CEILINGS[unit]
-    factor = CAPACITY_FACTOR.get(metric)
-    if factor is not None and subject in capacities:
-        capacity = capacities[subject][0 if unit == "cores" else 1]
-        if capacity > 0:
-            ceiling = min(ceiling, capacity * factor)
-    return ceiling
+    metric_bytes, subject_bytes = metric.encode(), subject.encode()
+    return _Facts(
+        None,
+        b"".join(
+            (
+                struct.pack(">i", len(metric_bytes)),
+                metric_bytes,
+                struct.pack(">i", len(subject_bytes)),
+                subject_bytes,
+            )
+        ),
+        CEILINGS[unit],
+        CAPACITY_FACTOR.get(metric, 0.0),
+        0 if unit == "cores" else 1,
+    )
 
 
 def _drop_repeated(codes: np.ndarray, times: np.ndarray, values: np.ndarray, keep: np.ndarray) -> int:
@@ -455,27 +485,16 @@ def _drop_repeated(codes: np.ndarray, times: np.ndarray, values: np.ndarray, kee
     return int(same.sum())
 
 
-def _prefix(customer_id: UUID, cluster_id: UUID, metric: str, subject: str) -> bytes:
-    """The start of a COPY row that all samples of a series share."""
-    metric_bytes, subject_bytes = metric.encode(), subject.encode()
-    return b"".join(
-        (
-            struct.pack(">hi", 6, 16),
-            customer_id.bytes,
-            struct.pack(">i", 16),
-            cluster_id.bytes,
-            struct.pack(">i", len(metric_bytes)),
-            metric_bytes,
-            struct.pack(">i", len(subject_bytes)),
-            subject_bytes,
-        )
-    )
+def _row_head(customer_id: UUID, cluster_id: UUID) -> bytes:
+    """The start of a COPY row that all samples of a batch share."""
+    return b"".join((struct.pack(">hi", 6, 16), customer_id.bytes, struct.pack(">i", 16), cluster_id.bytes))
 
 
-def _pack(prefixes: list[bytes], codes: np.ndarray, times: np.ndarray, values: np.ndarray) -> bytes:
+def _pack(head: bytes, facts: list[_Facts], codes: np.ndarray, times: np.ndarray, values: np.ndarray) -> bytes:
     tails = np.empty(len(codes), _ROW_TAIL)
     tails["ts_length"], tails["value_length"] = 8, 8
     tails["ts"], tails["value"] = times - _POSTGRES_EPOCH_US, values
     packed, size = tails.tobytes(), _ROW_TAIL.itemsize
-    pieces = (packed[start : start + size] for start in range(0, len(packed), size))
-    return b"".join(chain.from_iterable(zip(map(prefixes.__getitem__, codes.tolist()), pieces, strict=True)))
+    parts = [facts[code].row_part for code in codes.tolist()]
+    pieces = [packed[start : start + size] for start in range(0, len(packed), size)]
+    return b"".join(chain.from_iterable(zip(repeat(head), parts, pieces, strict=False)))
