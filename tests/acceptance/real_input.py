@@ -106,7 +106,8 @@ def run(prices: Path, database_url: str, folder: Path) -> dict[str, Any]:
     lake = Lake(folder / "lake", database_url)
     lake.create_tables()
     lake.close()
-    assets = {asset.key.to_user_string(): asset for asset in dg.load_assets_from_package_module(domains)}
+    loaded = dg.load_assets_from_package_module(domains)
+    assets = {asset.key.to_user_string(): asset for asset in loaded if isinstance(asset, dg.AssetsDefinition)}
     figures: dict[str, Any] = {}
 
     def materialize(warehouse: Warehouse, names: list[str], first: str, last: str) -> None:
@@ -306,7 +307,7 @@ def cross_check(data: Path) -> dict[str, str]:
     whole = priced.with_columns(exact).filter(
         pl.all_horizontal(pl.col("usd", "listed").is_not_null()).all().over("region", "at")
     )
-    spot, listed = whole["usd"].sum(), whole["listed"].sum()
+    spot, listed = int(whole["usd"].sum()), int(whole["listed"].sum())
     return {
         "actual": str(Decimal(spot).scaleb(-8)),
         "baseline": str(Decimal(listed).scaleb(-8)),

@@ -42,7 +42,7 @@ def spot_at(type_: str, when: datetime) -> float:
 
 def expected_hours(
     node: dict[str, Any], first: datetime, last: datetime
-) -> dict[datetime, tuple[float, Decimal, Decimal]]:
+) -> dict[datetime, tuple[int, Decimal, Decimal]]:
     """Minutes, cost paid and cost on demand of every hour of a node, counted minute by minute."""
     minutes: dict[datetime, int] = {}
     moment = max(node["created_at"], first)

@@ -6,6 +6,7 @@ import random
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 
+import dagster as dg
 import polars as pl
 import pytest
 
@@ -156,7 +157,9 @@ def test_the_check_shows_open_gaps_as_a_table(world: World, serve) -> None:
     check = next(c for c in result.get_asset_check_evaluations() if c.check_name == "no_gaps")
     assert not check.passed
     assert check.metadata["gap_count"].value == 3
-    assert [record.data["partition"] for record in check.metadata["gaps"].records] == [
+    table = check.metadata["gaps"]
+    assert isinstance(table, dg.TableMetadataValue)
+    assert [record.data["partition"] for record in table.records] == [
         f"2026-11-{day}|us-east-1" for day in (19, 18, 17)
     ]
 

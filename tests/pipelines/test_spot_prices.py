@@ -10,7 +10,9 @@ import time
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import dagster as dg
 import polars as pl
 import pytest
 from dagster._core.errors import DagsterAssetCheckFailedError
@@ -171,8 +173,8 @@ def test_a_run_killed_half_way_is_made_good_by_the_next(world: World, serve, dat
         now=world.now.isoformat(),
         keys=KEYS,
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "chunk\n" in iter(process.stdout.readline, "")
         process.send_signal(signal.SIGKILL)
@@ -219,12 +221,14 @@ def test_prices_no_market_can_have_are_refused_counted_and_shown(world: World, s
     world.run(["on_demand_prices"], "2026-11-20|us-east-1")
     result = world.run(["spot_prices"], "2026-11-20|us-east-1")
     metadata = result.asset_materializations_for_node("spot_prices")[0].metadata
-    reasons = {record.data["reason"]: record.data["rows"] for record in metadata["rejected"].records}
+    rejected = metadata["rejected"]
+    assert isinstance(rejected, dg.TableMetadataValue)
+    reasons = {record.data["reason"]: record.data["rows"] for record in rejected.records}
     assert reasons == {"not_positive": 1, "over_50x_on_demand": 1}
     assert [row["price_usd_per_hour"] for row in world.query("SELECT * FROM spot_prices")] == [Decimal("0.03000000")]
 
 
-RAW = {
+RAW: dict[str, Any] = {
     "ts": pl.Datetime("us", "UTC"),
     "region": pl.String,
     "zone_id": pl.String,

@@ -5,7 +5,7 @@ from datetime import timedelta
 import dagster as dg
 
 from cloudoptim_pipelines.defs.gaps.assets import data_gaps
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, tick
+from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, tick
 
 find_gaps = dg.define_asset_job(
     "find_gaps", selection=dg.AssetSelection.assets(data_gaps), description="Look for what is missing."
@@ -14,7 +14,7 @@ find_gaps = dg.define_asset_job(
 
 @dg.schedule(
     job=find_gaps,
-    cron_schedule=EVERY_MINUTE,
+    cron_schedule=EVERY_TEN_MINUTES,
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description="Once a day: look through all prices and metrics for what is missing.",
 )

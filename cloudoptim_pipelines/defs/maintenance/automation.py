@@ -5,7 +5,7 @@ from datetime import timedelta
 import dagster as dg
 
 from cloudoptim_pipelines.defs.maintenance.assets import lake_maintenance, metric_retention
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, tick
+from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, tick
 
 maintain = dg.define_asset_job(
     "maintain",
@@ -16,7 +16,7 @@ maintain = dg.define_asset_job(
 
 @dg.schedule(
     job=maintain,
-    cron_schedule=EVERY_MINUTE,
+    cron_schedule=EVERY_TEN_MINUTES,
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description="Once a day: retention, compaction, vacuum.",
 )

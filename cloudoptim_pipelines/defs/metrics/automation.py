@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from cloudoptim_pipelines.defs.costs.assets import cluster_cost_hourly, node_cost_hourly, node_hours
 from cloudoptim_pipelines.defs.metrics.assets import TABLE, metric_5m, metrics_summary
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, tick
+from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, tick
 from cloudoptim_pipelines.partitions import days_of, range_tags
 from cloudoptim_pipelines.resources import Warehouse
 
@@ -28,7 +28,7 @@ fill_metric_5m = dg.define_asset_job(
 
 @dg.schedule(
     job=recompute_days,
-    cron_schedule=EVERY_MINUTE,
+    cron_schedule=EVERY_TEN_MINUTES,
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description="Every quarter of an hour: days that late samples made stale.",
 )

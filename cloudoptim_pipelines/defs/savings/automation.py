@@ -6,7 +6,7 @@ import dagster as dg
 
 from cloudoptim_pipelines.defs.metrics.assets import metric_5m, metrics_summary
 from cloudoptim_pipelines.defs.savings.assets import REALISED_AFTER_DAYS, savings_statements
-from cloudoptim_pipelines.pacing import EVERY_MINUTE, tick
+from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, tick
 from cloudoptim_pipelines.partitions import START, range_tags
 
 OPENS = timedelta(minutes=30)
@@ -30,7 +30,7 @@ def closing_days(now: datetime, first: date) -> tuple[str, str] | None:
 
 @dg.schedule(
     job=close_days,
-    cron_schedule=EVERY_MINUTE,
+    cron_schedule=EVERY_TEN_MINUTES,
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description="Once a day: costs and savings of the last days with what came late, and the savings reports.",
 )
