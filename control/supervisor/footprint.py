@@ -37,7 +37,9 @@ def measure(home: Path) -> dict[int, tuple[str, Cost]]:
                 times = process.cpu_times()
                 name = names.get(process.pid) or _named_parent(process, names) or process.name()
                 memory = process.memory_full_info()
-            costs[process.pid] = (name, Cost(memory.pss, times.user + times.system))
+            # Children that have ended count too: a pipeline's run lives for some seconds.
+            cpu_seconds = times.user + times.system + times.children_user + times.children_system
+            costs[process.pid] = (name, Cost(memory.pss, cpu_seconds))
         except psutil.Error:
             continue
     return costs
