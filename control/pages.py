@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 from importlib.resources import files
@@ -12,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 from starlette.staticfiles import StaticFiles
 
+from control.problems import MEDIA_TYPE
 from warehouse.contracts import MetricsData
 
 ASSETS = "/docs/assets"
@@ -89,6 +91,7 @@ def complete_openapi(app: FastAPI) -> None:
             }
             for path, operations in document["paths"].items():
                 for operation in operations.values():
+                    _describe_problems(operation)
                     if path.startswith("/api/") and "/auth/" not in path:
                         operation["security"] = [{"bearer": []}, {"apiKey": []}]
             app.openapi_schema = document
@@ -97,12 +100,24 @@ def complete_openapi(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def _describe_problems(operation: dict[str, Any]) -> None:
+    """Every error is a problem+json, whatever FastAPI says of validation errors by itself."""
+    for status, answer in operation["responses"].items():
+        if status >= "400":
+            answer["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+
+
 def install(app: FastAPI, specification: dict[str, Any]) -> None:
     """Add the pages. ``specification`` is the AsyncAPI document."""
     complete_openapi(app)
     assets = files("fastapi_offline") / "static"
     app.mount(ASSETS, StaticFiles(directory=str(assets)), name="assets")
     page = asyncapi_page(specification)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi_json() -> JSONResponse:
+        # Making it takes a second of processor the first time: not on the loop that interruptions arrive on.
+        return JSONResponse(await asyncio.to_thread(app.openapi))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

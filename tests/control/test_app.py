@@ -245,7 +245,7 @@ async def test_an_exhausted_pool_is_503_within_seconds_and_the_intake_still_work
             release.set()
 
 
-async def test_an_unforeseen_error_tells_nothing(api, tenant, monkeypatch, capsys):
+async def test_an_unforeseen_error_tells_nothing(api, tenant, monkeypatch):
     async def explode(*_args, **_kwargs):
         raise RuntimeError("SELECT secret FROM somewhere; arn:aws:iam::123456789012:role/x")
 
@@ -276,6 +276,16 @@ def test_weak_settings_refuse_to_start_and_are_named(changes, variable):
     assert "changeme" not in str(refused.value), "the variable is named, never its value"
 
 
+@pytest.fixture
+def json_logs(capsys):
+    """Logs as the service writes them, into what the test captures; the handlers of before come back afterwards."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    configure_logging("INFO")
+    yield capsys
+    root.handlers[:], root.level = before
+
+
 CANARIES = {
     "key": "co_0123456789abcdef." + "C" * 43,
     "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl",
@@ -287,15 +297,14 @@ CANARIES = {
 
 
 @pytest.mark.parametrize("name", CANARIES)
-def test_secrets_are_taken_out_of_logs_by_shape(name, capsys):
-    configure_logging("INFO")
+def test_secrets_are_taken_out_of_logs_by_shape(name, json_logs):
     structlog.get_logger("test").info("event", text=f"before {CANARIES[name]} after", items=[{"deep": CANARIES[name]}])
     logging.getLogger("library").warning("said %s", CANARIES[name])
     try:
         raise ValueError(CANARIES[name])
     except ValueError:
         structlog.get_logger("test").exception("failed")
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    lines = [line for line in json_logs.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 3
     for line in lines:
         json.loads(line)
@@ -313,10 +322,9 @@ def test_secrets_are_taken_out_of_logs_by_name():
     }
 
 
-def test_a_log_line_is_one_line_whatever_is_in_it(capsys):
-    configure_logging("INFO")
+def test_a_log_line_is_one_line_whatever_is_in_it(json_logs):
     structlog.get_logger("test").info("event", node='evil\n{"event": "fake"}\x1b[31m')
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = json_logs.readouterr().err.splitlines()
     assert json.loads(line)["node"].startswith("evil\n")
     assert "\x1b" not in line
 
