@@ -30,7 +30,7 @@ SECRETS = {
     "CLOUDOPTIM_MASTER_KEY": "a-secret-of-the-dashboards-tests-only-000003",
     "CLOUDOPTIM_ADMIN_API_KEY": ADMIN_KEY,
 }
-START_SECONDS = 60.0
+START_SECONDS = 150.0
 
 
 @dataclass
