@@ -8,10 +8,10 @@ JOBS ?= auto
 PACKAGES := warehouse control cloudoptim_pipelines dashboards migrations
 STAMP := .venv/.installed
 
-.PHONY: help up install test lint format lock browser acceptance soak storm crash bench clean
+.PHONY: help up install test lint format lock browser acceptance real-input soak storm crash bench clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 up: install ## start everything (installs first when needed)
 	@exec .venv/bin/cloudoptim up $(ARGS)
@@ -27,6 +27,9 @@ test: install browser ## the default lane, without the marked long ones
 
 acceptance: install ## the whole product on real input, figures printed
 	$(PYTEST) -m acceptance -s $(ARGS)
+
+real-input: install ## nine months of real Spot prices: ingest, gaps, cost and savings, figures printed
+	$(PYTHON) -W ignore -m tests.acceptance.real_input --data "$${CLOUDOPTIM_SHARED_DATA:-../shared/data}"
 
 soak: install ## long-running
 	$(PYTEST) -m soak $(ARGS)

@@ -102,6 +102,8 @@ def partition_locks(database: SyncDatabase, table_name: str, keys: Sequence[str]
     a run may ask for earlier days while it holds later ones.
     """
     with database.system() as connection:
+        # It waits, idle, for as long as AWS takes to answer; the server's limit is for forgotten transactions.
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         connection.execute(
             text("SELECT pg_advisory_xact_lock(hashtextextended(key, 0)) FROM unnest(CAST(:keys AS text[])) key"),
             {"keys": sorted((f"{table_name}/{key}" for key in keys), reverse=True)},

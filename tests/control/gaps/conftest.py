@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import psycopg
 import pytest
 
@@ -65,6 +67,14 @@ class Stack:
         found = answer.json()
         assert "errors" not in found, found
         return found["data"]
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    """Everything a process started, that still runs."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def day(offset: int) -> date:
@@ -187,10 +197,19 @@ def stack(postgres_server: EmbeddedPostgres, prices: str, tmp_path_factory: pyte
         until(lambda: beating(made), "the daemon", daemon)
         yield made
     finally:
+        # Runs are children of the code server, which waits for them when asked to end.
+        children = [child for process in running for child in children_of(process.pid)]
         for process in reversed(running):
             process.terminate()
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
         for process in running:
-            process.wait(timeout=30)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as connection:
             connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
