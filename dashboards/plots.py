@@ -167,11 +167,12 @@ def cost_hourly(data: ColumnDataSource, *, height: int = 300) -> figure:
 
 
 def ratio_line(data: ColumnDataSource, x: str, y: str, label: str, *, height: int = 200) -> figure:
-    """A ratio over time as a line with the zero marked, so that a negative saving is seen as one."""
+    """A ratio from each time to ``end``, with the zero marked, so that a negative saving is seen as one."""
     plot = time_figure(height=height, number_format="0%")
     plot.add_layout(Span(location=0, dimension="width", line_color=BASELINE, line_alpha=0.7, line_width=1))
-    plot.varea_step(x=x, y1=0, y2=y, source=data, step_mode="after", color=BRAND, alpha=0.12)
-    line = plot.step(x=x, y=y, source=data, mode="after", color=BRAND, line_width=2)
+    # Not varea_step: Bokeh 3.9 draws one without a point in an endless loop.
+    plot.quad(left=x, right="end", bottom=0, top=y, source=data, color=BRAND, fill_alpha=0.12, line_alpha=0)
+    line = plot.segment(x0=x, x1="end", y0=y, y1=y, source=data, color=BRAND, line_width=2)
     hover(plot, [line], [("hour (UTC)", f"@{x}{{%d %b %H:%M}}"), (label, f"@{y}{{0.0%}}")], {f"@{x}": "datetime"})
     crosshair(plot)
     return plot
@@ -218,12 +219,13 @@ def timelines(
 
 
 def stacked_nodes(data: ColumnDataSource, *, height: int = 220) -> figure:
-    """Nodes over time, Spot below on-demand; ``data`` has ``ts``, ``spot``, ``on_demand``, ``total``."""
+    """Nodes over time, Spot below on-demand; ``data`` has ``ts``, ``end``, ``spot``, ``on_demand``, ``total``."""
     plot = time_figure(height=height, number_format="0")
     plot.y_range = DataRange1d(start=0, range_padding=0.12)
-    plot.varea_step(x="ts", y1=0, y2="spot", source=data, step_mode="after", color=SPOT, alpha=0.85)
-    plot.varea_step(x="ts", y1="spot", y2="total", source=data, step_mode="after", color=ON_DEMAND, alpha=0.85)
-    line = plot.step(x="ts", y="total", source=data, mode="after", color=ON_DEMAND, line_width=1)
+    edges: dict[str, Any] = {"left": "ts", "right": "end", "source": data, "line_alpha": 0, "fill_alpha": 0.85}
+    plot.quad(bottom=0, top="spot", color=SPOT, **edges)
+    plot.quad(bottom="spot", top="total", color=ON_DEMAND, **edges)
+    line = plot.quad(bottom=0, top="total", **{**edges, "fill_alpha": 0})
     hover(
         plot,
         [line],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -79,6 +80,8 @@ class View:
     services: Services
     login: Login
     customer_id: UUID
+    # Stands above the content while the page cannot be refreshed.
+    notice: pn.pane.HTML
 
     @property
     def data(self) -> Data:
@@ -155,8 +158,10 @@ def _content(services: Services, spec: PageSpec, login: Login) -> tuple[list[Any
                     )
                 ),
             )
-        view = View(services, login, login.customer_id)
-        return [_header(view)], _customer_choice(view, customers), spec.build(view)
+        notice = ui.html("")
+        notice.visible = False
+        view = View(services, login, login.customer_id, notice)
+        return [_header(view)], _customer_choice(view, customers), ui.stack(notice, spec.build(view))
     except DataError as error:
         return [_environment(services)], [], ui.html(ui.problem(error.what, error.why, error.next_step))
     except Exception:
@@ -213,7 +218,13 @@ def _header(view: View) -> Any:
         return header_html(freshness_text(view, datetime.now(UTC)), sandbox=sandbox, name=name)
 
     top = ui.html(text())
-    live(lambda: ui.put(top, text()), period_ms=2 * REFRESH_MS)
+
+    def tick() -> None:
+        # The page's own refresh says what is wrong; the line on top just stays.
+        with suppress(DataError):
+            ui.put(top, text())
+
+    pn.state.add_periodic_callback(tick, period=2 * REFRESH_MS)
     return top
 
 
@@ -243,15 +254,23 @@ def _customer_choice(view: View, customers: list[Customer]) -> list[Any]:
     return [select]
 
 
-def live(refresh: Callable[[], None], *, period_ms: int = REFRESH_MS) -> None:
-    """Call ``refresh`` while the page is open; nothing runs without an open page. What cannot be read now is tried
-    again at the next tick and leaves the page as it is."""
+def live(view: View, refresh: Callable[[], None], *, period_ms: int = REFRESH_MS) -> None:
+    """Call ``refresh`` while the page is open; nothing runs without an open page.
+
+    What cannot be read now is tried again at the next tick: the page keeps what it shows and says that it stands still.
+    """
 
     def tick() -> None:
         try:
             refresh()
         except DataError as error:
-            log.warning("refresh: %s", error)
+            if not view.notice.object:
+                log.warning("pages stand still: %s", error)
+            why = f"{error.why} The page shows what it last read and tries again by itself."
+            ui.put(view.notice, ui.problem(error.what, why, error.next_step))
+        else:
+            ui.put(view.notice, "")
+        view.notice.visible = bool(view.notice.object)
 
     pn.state.add_periodic_callback(tick, period=period_ms)
 

@@ -50,7 +50,7 @@ def build(view: View) -> Any:
     head = heading("Cost", "All times UTC. Money in USD.")
     figures, trend_note, by_cluster, by_type = (ui.html("") for _ in range(4))
     hours = plots.source({name: [] for name in plots.COST_COLUMNS})
-    ratios = plots.source({"ts": [], "ratio": []})
+    ratios = plots.source({"ts": [], "end": [], "ratio": []})
     links = ui.inline()
     charts = ui.stack()
 
@@ -79,12 +79,11 @@ def build(view: View) -> Any:
         ui.put(trend_note, coverage_note(rows, span))
         plots.replace(hours, hour_columns(rows, now))
         plots.replace(ratios, ratio_columns(rows))
-        # A figure over time without a point keeps the browser busy looking for ticks: none is made before there is one.
         ui.swap(charts, "charts" if rows else "nothing", drawn if rows else nothing_computed)
 
     refresh()
     chosen.param.watch(refresh, ["cluster", "window"])
-    live(refresh)
+    live(view, refresh)
     return ui.stack(
         head,
         ui.controls(
@@ -203,7 +202,12 @@ def ratio_columns(rows: list[CostHour]) -> dict[str, list[Any]]:
     """Savings of complete hours as a share of B1."""
     shares = [(hour.ts, saved_share(hour.b1, hour.actual)) for hour in rows if hour.complete]
     known = [(ts, share) for ts, share in shares if share is not None]
-    return {"ts": plots.milliseconds([ts for ts, _ in known]), "ratio": [share for _, share in known]}
+    starts = plots.milliseconds([ts for ts, _ in known])
+    return {
+        "ts": starts,
+        "end": [start + plots.HOUR_MS for start in starts],
+        "ratio": [share for _, share in known],
+    }
 
 
 def cluster_table(cost: LiveCost, data: Data, customer_id: UUID, clusters: Mapping[str, UUID]) -> Markup:

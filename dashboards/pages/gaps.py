@@ -123,7 +123,7 @@ def build(view: View) -> Any:
     cancel.on_click(stop)
     refresh()
     chosen.param.watch(refresh, ["table", "lookback"])
-    live(refresh)
+    live(view, refresh)
     hint = (
         "Fetches what is missing from the best source there is: AWS history, the cluster's Prometheus, else "
         "interpolation, marked as such. Observed data is never overwritten."

@@ -79,7 +79,7 @@ def build(view: View) -> Any:
 
     refresh()
     chosen.param.watch(refresh, ["cluster", "window", "interruption"])
-    live(refresh)
+    live(view, refresh)
     return ui.stack(
         heading("Interruptions", "All times UTC."),
         ui.controls(

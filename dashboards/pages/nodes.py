@@ -58,7 +58,7 @@ def build(view: View) -> Any:
         )
     figures, cluster_rows, node_rows = (ui.html("") for _ in range(3))
     links = ui.inline()
-    hours = plots.source({name: [] for name in ("ts", "spot", "on_demand", "total")})
+    hours = plots.source({name: [] for name in ("ts", "end", "spot", "on_demand", "total")})
 
     chart = ui.stack()
 
@@ -86,7 +86,7 @@ def build(view: View) -> Any:
 
     refresh()
     chosen.param.watch(refresh, ["cluster", "bought"])
-    live(refresh)
+    live(view, refresh)
     return ui.stack(
         heading("Clusters and nodes", "All times UTC."),
         ui.controls(
@@ -120,9 +120,11 @@ def _history(view: View, cluster_id: UUID | None) -> dict[str, list[Any]]:
     try:
         rows = view.data.node_counts(view.customer_id, 168, cluster_id).to_pydict()
     except LakeMissing:
-        return {name: [] for name in ("ts", "spot", "on_demand", "total")}
+        return {name: [] for name in ("ts", "end", "spot", "on_demand", "total")}
+    starts = plots.milliseconds(rows["ts"])
     return {
-        "ts": plots.milliseconds(rows["ts"]),
+        "ts": starts,
+        "end": [start + plots.HOUR_MS for start in starts],
         "spot": rows["spot"],
         "on_demand": rows["on_demand"],
         "total": [spot + other for spot, other in zip(rows["spot"], rows["on_demand"], strict=True)],

@@ -88,7 +88,7 @@ def build(view: View) -> Any:
     refresh()
     picker.param.watch(pick, "value")
     chosen.param.watch(refresh, ["region", "instance_type", "window"])
-    live(refresh)
+    live(view, refresh)
     return ui.stack(
         heading("Spot prices", "All times UTC. Linux/UNIX, USD per instance hour."),
         ui.controls(

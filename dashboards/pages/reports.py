@@ -85,7 +85,7 @@ def build(view: View) -> Any:
 
     refresh()
     chosen.param.watch(refresh, ["month"])
-    live(refresh)
+    live(view, refresh)
     return ui.stack(
         heading("Reports", "Days are UTC days. Money in USD."),
         ui.controls(pmui.Select.from_param(chosen.param.month, size="small", width=160, margin=0), links),
