@@ -88,7 +88,7 @@ async def customer_facts(conn: AsyncConnection, customer_id: UUID) -> CustomerFa
     return CustomerFacts(row.id, row.status, row.aws_account_id, frozenset(row.regions), row.event_policies)
 
 
-_NODES = text("""
+_NODES_SQL = """
     SELECT n.customer_id, n.cluster_id, n.id AS node_id, n.node_name, n.instance_id, n.instance_type,
            n.availability_zone, n.node_type, c.region, n.last_seen_at, n.terminated_at, c.status AS cluster_status,
            EXISTS (SELECT FROM launch_attempts a
@@ -108,7 +108,8 @@ _NODES = text("""
     JOIN clusters c ON c.id = b.cluster_id
     WHERE a.customer_id = :customer_id AND a.instance_id = ANY(:instance_ids)
       AND NOT EXISTS (SELECT FROM nodes n WHERE n.instance_id = a.instance_id AND n.customer_id = a.customer_id)
-""")
+"""
+_NODES = text(_NODES_SQL)
 
 
 async def nodes_of_instances(
@@ -119,65 +120,21 @@ async def nodes_of_instances(
     A customer's own node wins, then the newest. Instances of ours that have not joined yet are included.
     """
     result = await conn.execute(_NODES, {"customer_id": customer_id, "instance_ids": list(instance_ids)})
+    return best_nodes([NodeFacts(**row._mapping) for row in result], customer_id)
+
+
+def best_nodes(facts: Iterable[NodeFacts], customer_id: UUID) -> dict[str, NodeFacts]:
+    """One node per instance id: the customer's own wins, then the living one."""
     found: dict[str, NodeFacts] = {}
-    for row in result:
-        facts = NodeFacts(**row._mapping)
-        known = found.get(facts.instance_id)
-        if known is None or _preference(facts, customer_id) > _preference(known, customer_id):
-            found[facts.instance_id] = facts
+    for node in facts:
+        known = found.get(node.instance_id)
+        if known is None or _preference(node, customer_id) > _preference(known, customer_id):
+            found[node.instance_id] = node
     return found
 
 
 def _preference(facts: NodeFacts, customer_id: UUID) -> tuple[bool, bool]:
     return facts.customer_id == customer_id, facts.terminated_at is None
-
-
-# --- the inbox --------------------------------------------------------------------------------------------------
-
-
-async def insert_inbox(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
-    """Write messages down; returns (source, dedupe_key) of those seen for the first time."""
-    new = await insert_rows(
-        conn,
-        "inbox_messages",
-        rows,
-        order="source, dedupe_key",
-        conflict="(customer_id, source, dedupe_key) DO NOTHING",
-        returning="source, dedupe_key",
-    )
-    return {(row.source, row.dedupe_key) for row in new}
-
-
-_SEEN_AGAIN = text("""
-    UPDATE inbox_messages m SET receive_count = greatest(m.receive_count + r.times, r.most)
-    FROM (SELECT source, dedupe_key, count(*) AS times, max(receive_count) AS most
-          FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS t (source text, dedupe_key text, receive_count integer)
-          GROUP BY source, dedupe_key) r
-    WHERE m.customer_id = :customer_id AND m.source = r.source AND m.dedupe_key = r.dedupe_key
-""")
-
-
-async def count_again(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Count further deliveries of messages that are known."""
-    if rows:
-        await conn.execute(_SEEN_AGAIN, {"customer_id": customer_id, "rows": to_json(rows)})
-
-
-_SET_OUTCOMES = text("""
-    UPDATE inbox_messages m SET outcome = r.outcome, reason = r.reason,
-        body = CASE WHEN r.outcome IN ('quarantined', 'waiting') THEN m.body END
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (source text, dedupe_key text, outcome text, reason text)
-    WHERE m.customer_id = :customer_id AND m.source = r.source AND m.dedupe_key = r.dedupe_key
-""")
-
-
-async def set_outcomes(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Change what became of messages; bodies are kept only while they can be replayed."""
-    if rows:
-        await conn.execute(_SET_OUTCOMES, {"customer_id": customer_id, "rows": to_json(rows)})
-
-
-# --- interruptions ----------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -210,81 +167,217 @@ _COLUMNS = """id, customer_id, cluster_id, instance_id, interruption_key, state,
     received_at, deadline_at, detected_by, drain_pending, instance_gone_at,
     notice_at, region, account_id, reason, closed_at, version"""
 
-_LOCK = text(f"""
-    SELECT {_COLUMNS} FROM interruptions
-    WHERE customer_id = :customer_id
-      AND (instance_id = ANY(:instance_ids))
-      AND (state <> 'closed' OR interruption_key = ANY(:keys) OR closed_at > now() - interval '1 hour')
-    ORDER BY id FOR UPDATE
+_CONTEXT = text(f"""
+    WITH locked AS (
+        SELECT {_COLUMNS} FROM interruptions
+        WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
+          AND (state <> 'closed' OR interruption_key = ANY(:keys) OR closed_at > now() - interval '1 hour')
+        ORDER BY id FOR UPDATE
+    ), nodes_found AS ({_NODES_SQL}
+    ), earlier AS (
+        SELECT instance_id, array_agg(DISTINCT event_type) AS kinds, array_agg(DISTINCT id) AS event_ids
+        FROM spot_events
+        WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids) AND interruption_id IS NULL
+          AND received_at > now() - interval '1 hour'
+        GROUP BY instance_id
+    ), known AS (
+        SELECT m.source, m.dedupe_key FROM inbox_messages m
+        JOIN unnest(CAST(:sources AS text[]), CAST(:dedupe_keys AS text[])) AS k (source, dedupe_key)
+            USING (source, dedupe_key)
+        WHERE m.customer_id = :customer_id
+    )
+    SELECT CAST(jsonb_build_object(
+        'nodes', (SELECT coalesce(jsonb_agg(to_jsonb(n)), '[]') FROM nodes_found n),
+        'locked', (SELECT coalesce(jsonb_agg(to_jsonb(l)), '[]') FROM locked l),
+        'earlier', (SELECT coalesce(jsonb_agg(to_jsonb(e)), '[]') FROM earlier e),
+        'known', (SELECT coalesce(jsonb_agg(jsonb_build_array(k.source, k.dedupe_key)), '[]') FROM known k)
+    ) AS text)
 """)
 
 
-async def lock_interruptions(
-    conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str], keys: Sequence[str]
-) -> list[InterruptionRow]:
-    """Interruptions of these instances that are open, just closed, or have one of these keys; locked."""
-    result = await conn.execute(
-        _LOCK, {"customer_id": customer_id, "instance_ids": list(instance_ids), "keys": list(keys)}
+class Earlier(msgspec.Struct):
+    """Signals about an instance that belong to no interruption yet."""
+
+    instance_id: str
+    kinds: list[str]
+    event_ids: list[UUID]
+
+
+class Context(msgspec.Struct):
+    """All that a batch's decisions need, read by one statement. ``locked`` interruptions stay locked."""
+
+    nodes: list[NodeFacts]
+    locked: list[InterruptionRow]
+    earlier: list[Earlier]
+    known: list[tuple[str, str]]
+
+
+async def read_context(
+    conn: AsyncConnection,
+    customer_id: UUID,
+    *,
+    instance_ids: Sequence[str],
+    keys: Sequence[str],
+    messages: Sequence[tuple[str, str]],
+) -> Context:
+    """The customer's nodes of these instances, their interruptions (locked), earlier signals, and which of the
+    messages (source, dedupe_key) are known."""
+    row = (
+        await conn.execute(
+            _CONTEXT,
+            {
+                "customer_id": customer_id,
+                "instance_ids": list(instance_ids),
+                "keys": list(keys),
+                "sources": [source for source, _ in messages],
+                "dedupe_keys": [key for _, key in messages],
+            },
+        )
+    ).scalar_one()
+    return msgspec.json.decode(row, type=Context)
+
+
+# --- the inbox --------------------------------------------------------------------------------------------------
+
+
+_SEEN_AGAIN = text("""
+    UPDATE inbox_messages m SET receive_count = greatest(m.receive_count + r.times, r.most)
+    FROM (SELECT source, dedupe_key, count(*) AS times, max(receive_count) AS most
+          FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS t (source text, dedupe_key text, receive_count integer)
+          GROUP BY source, dedupe_key) r
+    WHERE m.customer_id = :customer_id AND m.source = r.source AND m.dedupe_key = r.dedupe_key
+""")
+
+
+async def count_again(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Count further deliveries of messages that are known."""
+    if rows:
+        await conn.execute(_SEEN_AGAIN, {"customer_id": customer_id, "rows": to_json(rows)})
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------
+
+
+def _insertion(table: str, columns: str, parameter: str, order: str, conflict: str = "") -> str:
+    return (
+        f"INSERT INTO {table} ({columns}) SELECT {columns} "
+        f"FROM jsonb_populate_recordset(CAST(NULL AS {table}), CAST(:{parameter} AS jsonb)) ORDER BY {order}"
+        + (f" ON CONFLICT {conflict}" if conflict else "")
     )
-    return [InterruptionRow(**row._mapping) for row in result]
 
 
-async def insert_interruptions(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[UUID]:
-    """Insert interruptions; returns the ids that are new (others exist under another id)."""
-    new = await insert_rows(
-        conn,
+_INBOX_COLUMNS = """customer_id, source, dedupe_key, sqs_message_id, receive_count, body_sha256, event_type, outcome,
+    reason, body, sent_at, received_at"""
+_INTERRUPTION_COLUMNS = """id, customer_id, cluster_id, node_id, region, interruption_key, account_id, instance_id,
+    instance_type, availability_zone, instance_action, kind, notice_at, received_at, deadline_at, detected_by, state,
+    outcome, reason, drain_pending, instance_gone_at, closed_at, version"""
+_EVENT_COLUMNS = """id, customer_id, cluster_id, event_type, instance_id, received_at, occurred_at, source, dedupe_key,
+    interruption_id, action_taken, payload"""
+_INTENT_COLUMNS = "id, customer_id, cluster_id, interruption_id, requirements, state, deadline_at, next_action_at"
+
+# One statement for all that a batch writes: a batch costs the same round trips whatever it holds. The counts tell
+# whether somebody else wrote one of the rows in the meantime.
+_WRITE = text(f"""
+    WITH inbox AS (
+        {
+    _insertion(
+        "inbox_messages", _INBOX_COLUMNS, "inbox", "source, dedupe_key", "(customer_id, source, dedupe_key) DO NOTHING"
+    )
+} RETURNING 1
+    ), fresh AS (
+        {
+    _insertion(
         "interruptions",
-        rows,
-        order="region, interruption_key",
-        conflict="(customer_id, region, interruption_key) DO NOTHING",
-        returning="id",
+        _INTERRUPTION_COLUMNS,
+        "fresh",
+        "region, interruption_key",
+        "(customer_id, region, interruption_key) DO NOTHING",
     )
-    return {row.id for row in new}
-
-
-_UPDATE = text("""
-    UPDATE interruptions i SET
-        cluster_id = coalesce(r.cluster_id, i.cluster_id),
-        node_id = coalesce(r.node_id, i.node_id),
-        instance_type = coalesce(r.instance_type, i.instance_type),
-        availability_zone = coalesce(r.availability_zone, i.availability_zone),
-        kind = r.kind, instance_action = r.instance_action, deadline_at = r.deadline_at,
-        detected_by = r.detected_by, state = r.state, outcome = r.outcome, reason = r.reason,
-        drain_pending = r.drain_pending, instance_gone_at = r.instance_gone_at, closed_at = r.closed_at,
-        version = r.version
-    FROM jsonb_populate_recordset(CAST(NULL AS interruptions), CAST(:rows AS jsonb)) r
-    WHERE i.id = r.id AND i.version = r.version - 1
-    RETURNING i.id
+} RETURNING 1
+    ), changed AS (
+        UPDATE interruptions i SET
+            cluster_id = coalesce(r.cluster_id, i.cluster_id),
+            node_id = coalesce(r.node_id, i.node_id),
+            instance_type = coalesce(r.instance_type, i.instance_type),
+            availability_zone = coalesce(r.availability_zone, i.availability_zone),
+            kind = r.kind, instance_action = r.instance_action, deadline_at = r.deadline_at,
+            detected_by = r.detected_by, state = r.state, outcome = r.outcome, reason = r.reason,
+            drain_pending = r.drain_pending, instance_gone_at = r.instance_gone_at, closed_at = r.closed_at,
+            version = r.version
+        FROM jsonb_populate_recordset(CAST(NULL AS interruptions), CAST(:changed AS jsonb)) r
+        WHERE i.id = r.id AND i.version = r.version - 1
+        RETURNING 1
+    ), told AS (
+        {
+    _insertion(
+        "interruption_history",
+        "customer_id, interruption_id, version, at, event, state, detail",
+        "history",
+        "interruption_id, version",
+    )
+}
+    ), intents AS (
+        {
+    _insertion(
+        "launch_intents", _INTENT_COLUMNS, "intents", "interruption_id", "(customer_id, interruption_id) DO NOTHING"
+    )
+}
+    ), events AS (
+        {
+    _insertion("spot_events", _EVENT_COLUMNS, "events", "dedupe_key", "(customer_id, source, dedupe_key) DO NOTHING")
+}
+    ), linked AS (
+        UPDATE spot_events e SET interruption_id = r.interruption_id
+        FROM jsonb_to_recordset(CAST(:links AS jsonb)) AS r (id uuid, interruption_id uuid) WHERE e.id = r.id
+    ), gone AS (
+        UPDATE nodes n SET status = 'terminated', terminated_at = coalesce(n.terminated_at, r.at)
+        FROM jsonb_to_recordset(CAST(:gone AS jsonb)) AS r (instance_id text, at timestamptz)
+        WHERE n.customer_id = :customer_id AND n.instance_id = r.instance_id AND n.terminated_at IS NULL
+    ), outboxed AS (
+        {_insertion("outbox", "id, customer_id, topic, payload", "outbox", "id")}
+    )
+    SELECT (SELECT count(*) FROM inbox) AS inbox, (SELECT count(*) FROM fresh) AS fresh,
+           (SELECT count(*) FROM changed) AS changed
 """)
 
 
-async def update_interruptions(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> set[UUID]:
-    """Move interruptions to ``version``; returns the ids that were still at the version before."""
-    if not rows:
-        return set()
-    return {row.id for row in await conn.execute(_UPDATE, {"rows": to_json(rows)})}
+async def write_batch(
+    conn: AsyncConnection,
+    customer_id: UUID,
+    *,
+    inbox: Sequence[Mapping[str, Any]],
+    fresh: Sequence[Mapping[str, Any]],
+    changed: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    intents: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    links: Sequence[Mapping[str, Any]],
+    gone: Sequence[Mapping[str, Any]],
+    outbox: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Write all of a batch; False when another consumer wrote one of its messages or interruptions first, and the
+    transaction must be given up and begun again."""
+    rows = {
+        "inbox": inbox,
+        "fresh": fresh,
+        "changed": changed,
+        "history": history,
+        "intents": intents,
+        "events": events,
+        "links": links,
+        "gone": gone,
+        "outbox": outbox,
+    }
+    if not any(rows.values()):
+        return True
+    values: dict[str, Any] = {name: to_json(value) for name, value in rows.items()}
+    written = (await conn.execute(_WRITE, values | {"customer_id": customer_id})).one()
+    return (written.inbox, written.fresh, written.changed) == (len(inbox), len(fresh), len(changed))
 
 
 async def insert_history(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row per version of an interruption, in the transaction that made the version."""
     await insert_rows(conn, "interruption_history", rows, order="interruption_id, version")
-
-
-_EARLIER = text("""
-    SELECT instance_id, array_agg(DISTINCT event_type) AS kinds, array_agg(DISTINCT id) AS event_ids
-    FROM spot_events
-    WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids) AND interruption_id IS NULL
-      AND received_at > now() - interval '1 hour'
-    GROUP BY instance_id
-""")
-
-
-async def earlier_signals(
-    conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]
-) -> dict[str, tuple[list[str], list[UUID]]]:
-    """Kinds and ids of events of the last hour about these instances that belong to no interruption yet."""
-    result = await conn.execute(_EARLIER, {"customer_id": customer_id, "instance_ids": list(instance_ids)})
-    return {row.instance_id: (row.kinds, row.event_ids) for row in result}
 
 
 _RELEASE = text("""
@@ -341,36 +434,6 @@ async def lock_unmatched(conn: AsyncConnection, ids: Sequence[UUID]) -> list[Int
     return [InterruptionRow(**row._mapping) for row in result]
 
 
-_LINK = text("""
-    UPDATE spot_events e SET interruption_id = r.interruption_id
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (id uuid, interruption_id uuid) WHERE e.id = r.id
-""")
-
-
-async def link_events(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Give earlier events the interruption they turned out to be about."""
-    if rows:
-        await conn.execute(_LINK, {"rows": to_json(rows)})
-
-
-async def insert_events(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row per distinct event and instance."""
-    await insert_rows(
-        conn, "spot_events", rows, order="dedupe_key", conflict="(customer_id, source, dedupe_key) DO NOTHING"
-    )
-
-
-async def insert_intents(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One launch intent per interruption."""
-    await insert_rows(
-        conn,
-        "launch_intents",
-        rows,
-        order="interruption_id",
-        conflict="(customer_id, interruption_id) DO NOTHING",
-    )
-
-
 async def insert_outbox(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Events for the bus, told after the commit."""
     await insert_rows(conn, "outbox", rows, order="id")
@@ -387,19 +450,6 @@ async def shorten_deadlines(conn: AsyncConnection, rows: Sequence[Mapping[str, A
     """Bring forward the deadline of drains whose notice turned out to be more urgent."""
     if rows:
         await conn.execute(_SHORTEN, {"rows": to_json(rows)})
-
-
-_NODE_GONE = text("""
-    UPDATE nodes n SET status = 'terminated', terminated_at = coalesce(n.terminated_at, r.at)
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (instance_id text, at timestamptz)
-    WHERE n.customer_id = :customer_id AND n.instance_id = r.instance_id AND n.terminated_at IS NULL
-""")
-
-
-async def nodes_gone(conn: AsyncConnection, customer_id: UUID, rows: Sequence[Mapping[str, Any]]) -> None:
-    """EC2 said these instances are gone; their agents may be gone with them."""
-    if rows:
-        await conn.execute(_NODE_GONE, {"customer_id": customer_id, "rows": to_json(rows)})
 
 
 _RECENT_QUARANTINE = text("""

@@ -33,11 +33,19 @@ from control.interruptions.parsing import (
     kept_body,
     parse,
 )
-from control.interruptions.policies import Act, Decision, NodeFacts, Policy, decide, policies_from_config
+from control.interruptions.policies import (
+    Act,
+    Decision,
+    NodeFacts,
+    Policy,
+    decide,
+    interruption_key,
+    policies_from_config,
+)
 from control.interruptions.repository import CustomerFacts, InterruptionRow
 from warehouse.contracts import EventKind, EventSource, InterruptionAction, SpotEvent, TaskType
 from warehouse.postgres.models import new_id
-from warehouse.postgres.session import Database, narrow
+from warehouse.postgres.session import Database, narrow, widen
 
 log = structlog.get_logger(__name__)
 
@@ -51,9 +59,10 @@ LAUNCH_WINDOW = timedelta(minutes=15)
 # More than this in quarantine within an hour is told to the customer.
 QUARANTINE_ALARM_PER_HOUR = 10
 FACTS_SECONDS = 5.0
-# Two batches may still meet on one row; Postgres picks the victim, which starts again.
+# Two batches may still meet on one row; Postgres picks the victim, which starts again. A history row whose
+# interruption somebody else inserted first shows as a foreign key violation.
 RETRIES = 5
-_RETRIED_STATES = {"40001", "40P01"}
+_RETRIED_STATES = {"40001", "40P01", "23503"}
 
 _STRENGTH = {
     EventKind.SPOT_INTERRUPTION: 3,
@@ -181,7 +190,7 @@ async def ingest_outcomes(
     started = time.perf_counter()
     for attempt in range(RETRIES):
         try:
-            async with db.system() as conn:
+            async with db.tenant(facts.customer_id) as conn:
                 batch = Batch(facts, now)
                 done = await batch.commit(conn, outcomes)
             break
@@ -226,6 +235,9 @@ class Batch:
         self.facts, self.now = facts, now
         self.policies = policies_from_config(facts.event_policies)
         self.drafts: list[_Draft] = []
+        self._by_instance: dict[str, list[_Draft]] = {}
+        self._last_entry: dict[UUID, dict[str, Any]] = {}
+        self.inbox: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.links: list[dict[str, Any]] = []
@@ -239,58 +251,81 @@ class Batch:
         self.alarm = False
 
     async def commit(self, conn: AsyncConnection, outcomes: Sequence[tuple[Received, Outcome]]) -> Ingested:
-        """All of it, on a connection in system scope: nodes are looked up across tenants, the rest is the tenant's."""
+        """All of it, on a connection in the customer's scope: one statement reads, one writes."""
         customer_id = self.facts.customer_id
-        instance_ids = sorted({i for _, o in outcomes if isinstance(o, ParsedEvent) for i in o.instance_ids})
-        nodes = await repository.nodes_of_instances(conn, customer_id, instance_ids) if instance_ids else {}
-        await narrow(conn, customer_id)
+        context, nodes = await self._read(conn, outcomes)
+        known = {(source, key) for source, key in context.known}
+        earlier = {signals.instance_id: (signals.kinds, signals.event_ids) for signals in context.earlier}
+        for locked in context.locked:
+            self._add(_Draft(_as_dict(locked), new=False))
 
         first: dict[tuple[str, str], tuple[Received, Outcome, list[tuple[str, Decision]]]] = {}
-        inbox: list[dict[str, Any]] = []
-        labels: dict[tuple[str, str], str] = {}
         again: list[dict[str, Any]] = []
+        labels: dict[tuple[str, str], str] = {}
         for message, outcome in outcomes:
             judged, decisions = self._judge(message, outcome, nodes)
             key = (message.source.value, judged.dedupe_key)
-            if key in first:
+            if key in first or key in known:
                 again.append({"source": key[0], "dedupe_key": key[1], "receive_count": message.receive_count})
                 continue
             first[key] = (message, judged, decisions)
             row, labels[key] = self._inbox_row(message, judged, decisions)
-            inbox.append(row)
-        new = await repository.insert_inbox(conn, inbox)
-        again += [
-            {"source": row["source"], "dedupe_key": row["dedupe_key"], "receive_count": row["receive_count"]}
-            for row in inbox
-            if (row["source"], row["dedupe_key"]) not in new
-        ]
+            self.inbox.append(row)
         await repository.count_again(conn, customer_id, again)
 
-        done = Ingested(new=len(new), duplicates=len(again))
-        acts: list[tuple[Received, ParsedEvent, list[tuple[str, Decision]]]] = []
-        for row in inbox:
+        done = Ingested(new=len(first), duplicates=len(again))
+        for row in self.inbox:
             key = (row["source"], row["dedupe_key"])
-            if key not in new:
-                continue
             message, judged, decisions = first[key]
             setattr(done, row["outcome"], getattr(done, row["outcome"]) + 1)
             self.counts.append((row["source"], row["outcome"], labels[key]))
             if isinstance(judged, ParsedEvent):
-                acts.append((message, judged, decisions))
+                self._act(message, judged, decisions, nodes, earlier)
                 self.lags.append((self.now - judged.occurred_at).total_seconds())
             elif isinstance(judged, Quarantine) and judged.security:
                 self.security.append((judged.reason, judged.detail))
         self.counts += [(row["source"], "duplicate", "") for row in again]
-        if acts:
-            await self._act(conn, acts, nodes)
-            done.interruptions = [draft.id for draft in self.drafts if draft.new]
-            done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
-            done.launches = any(draft.launch for draft in self.drafts)
+        await self._persist(conn)
+        done.interruptions = [draft.id for draft in self.drafts if draft.new]
+        done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
+        done.launches = any(draft.launch for draft in self.drafts)
         if done.quarantined:
             lately = await repository.quarantined_last_hour(conn, customer_id)
             # Once, when the limit is crossed: a flood of poison must not become a flood of alarms.
             self.alarm = lately - done.quarantined <= QUARANTINE_ALARM_PER_HOUR < lately
         return done
+
+    async def _read(
+        self, conn: AsyncConnection, outcomes: Sequence[tuple[Received, Outcome]]
+    ) -> tuple[repository.Context, dict[str, NodeFacts]]:
+        """What is known of a batch's messages and instances, other tenants' instances included."""
+        customer_id = self.facts.customer_id
+        instance_ids: set[str] = set()
+        keys: set[str] = set()
+        for _, outcome in outcomes:
+            if isinstance(outcome, ParsedEvent):
+                instance_ids.update(outcome.instance_ids)
+                stopped = InterruptionAction.STOP
+                keys.update(interruption_key(i, stopped, outcome.occurred_at) for i in outcome.instance_ids)
+        context = await repository.read_context(
+            conn,
+            customer_id,
+            instance_ids=sorted(instance_ids),
+            keys=sorted(keys | instance_ids),
+            messages=sorted({(message.source.value, outcome.dedupe_key) for message, outcome in outcomes}),
+        )
+        nodes = repository.best_nodes(context.nodes, customer_id)
+        strange = instance_ids - set(nodes)
+        if strange:
+            # Nobody's, or another tenant's: that one must be seen to be refused, and only its owner is read.
+            await widen(conn)
+            nodes |= await repository.nodes_of_instances(conn, customer_id, sorted(strange))
+            await narrow(conn, customer_id)
+        return context, nodes
+
+    def _add(self, draft: _Draft) -> None:
+        self.drafts.append(draft)
+        self._by_instance.setdefault(draft.row["instance_id"], []).append(draft)
 
     async def rematch(self, conn: AsyncConnection, rows: Sequence[InterruptionRow]) -> Ingested:
         """Give unmatched interruptions, locked by the caller, to the nodes that registered since."""
@@ -304,7 +339,7 @@ class Batch:
             if node is None or node.customer_id != self.facts.customer_id:
                 continue
             draft = _Draft(_as_dict(row), new=False)
-            self.drafts.append(draft)
+            self._add(draft)
             event = ParsedEvent(
                 kind=EventKind(row.kind),
                 dedupe_key="",
@@ -327,15 +362,15 @@ class Batch:
         self, conn: AsyncConnection, message: Received, outcome: Outcome
     ) -> tuple[str, str | None, Ingested]:
         """Act on a message whose inbox row exists and is locked; returns its new outcome and reason."""
-        instance_ids = sorted(outcome.instance_ids) if isinstance(outcome, ParsedEvent) else []
-        customer_id = self.facts.customer_id
-        nodes = await repository.nodes_of_instances(conn, customer_id, instance_ids) if instance_ids else {}
-        await narrow(conn, customer_id)
+        context, nodes = await self._read(conn, [(message, outcome)])
+        for locked in context.locked:
+            self._add(_Draft(_as_dict(locked), new=False))
         judged, decisions = self._judge(message, outcome, nodes)
         row, label = self._inbox_row(message, judged, decisions)
         done = Ingested(new=1)
         if isinstance(judged, ParsedEvent):
-            await self._act(conn, [(message, judged, decisions)], nodes)
+            self._act(message, judged, decisions, nodes, {})
+            await self._persist(conn)
             done.interruptions = [draft.id for draft in self.drafts if draft.new or draft.changed]
             done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
             done.launches = any(draft.launch for draft in self.drafts)
@@ -429,44 +464,42 @@ class Batch:
 
     # --- acting
 
-    async def _act(
+    def _act(
         self,
-        conn: AsyncConnection,
-        acts: list[tuple[Received, ParsedEvent, list[tuple[str, Decision]]]],
+        message: Received,
+        event: ParsedEvent,
+        decisions: list[tuple[str, Decision]],
         nodes: dict[str, NodeFacts],
+        earlier: dict[str, tuple[list[str], list[UUID]]],
     ) -> None:
-        customer_id = self.facts.customer_id
-        instance_ids = sorted({instance_id for _, _, decisions in acts for instance_id, _ in decisions})
-        keys = sorted({decision.key for _, _, decisions in acts for _, decision in decisions if decision.key})
-        if instance_ids:
-            for row in await repository.lock_interruptions(conn, customer_id, instance_ids, keys):
-                self.drafts.append(_Draft(_as_dict(row), new=False))
-        creating = [
-            i for _, _, decisions in acts for i, d in decisions if d.act is Act.INTERRUPT and not self._find(i, d.key)
-        ]
-        earlier = await repository.earlier_signals(conn, customer_id, sorted(set(creating))) if creating else {}
-
-        for message, event, decisions in acts:
-            single = len(event.instance_ids) <= 1
-            concerned: Sequence[tuple[str | None, Decision | None]] = decisions or [(None, None)]
-            for instance_id, decision in concerned:
-                self._apply(message, event, instance_id, decision, nodes, earlier, single=single)
-
-        await self._persist(conn)
+        single = len(event.instance_ids) <= 1
+        concerned: Sequence[tuple[str | None, Decision | None]] = decisions or [(None, None)]
+        for instance_id, decision in concerned:
+            self._apply(message, event, instance_id, decision, nodes, earlier, single=single)
 
     async def _persist(self, conn: AsyncConnection) -> None:
+        """Write everything that was decided.
+
+        Raises:
+            _Raced: another consumer was first with one of the rows.
+        """
         customer_id = self.facts.customer_id
-        fresh = [draft for draft in self.drafts if draft.new]
-        inserted = await repository.insert_interruptions(conn, [draft.row for draft in fresh])
-        if len(inserted) != len(fresh):
-            raise _Raced
-        changed = [draft.row for draft in self.drafts if draft.changed and not draft.new]
-        if len(await repository.update_interruptions(conn, changed)) != len(changed):
-            raise _Raced
         states = {draft.id: draft.row["state"] for draft in self.drafts}
-        await repository.insert_history(
-            conn, [entry | {"state": states[entry["interruption_id"]]} for entry in self.history]
+        alone = await repository.write_batch(
+            conn,
+            customer_id,
+            inbox=self.inbox,
+            fresh=[draft.row for draft in self.drafts if draft.new],
+            changed=[draft.row for draft in self.drafts if draft.changed and not draft.new],
+            history=[entry | {"state": states[entry["interruption_id"]]} for entry in self.history],
+            intents=[self._intent(draft) for draft in self.drafts if draft.launch],
+            events=self.events,
+            links=self.links,
+            gone=self.gone,
+            outbox=self.outbox,
         )
+        if not alone:
+            raise _Raced
         await create_tasks(conn, [self._drain_task(draft) for draft in self.drafts if draft.drain])
         await repository.shorten_deadlines(
             conn,
@@ -476,21 +509,16 @@ class Batch:
                 if draft.shortened
             ],
         )
-        await repository.insert_intents(conn, [self._intent(draft) for draft in self.drafts if draft.launch])
-        await repository.insert_events(conn, self.events)
-        await repository.link_events(conn, self.links)
         await repository.release_waiting(conn, customer_id, self.matched, outcome="handled", reason=None)
-        await repository.nodes_gone(conn, customer_id, self.gone)
         await repository.add_penalties(
             conn,
             pools.penalties(customer_id, self.pool_signals),
             half_life_seconds=pools.HALF_LIFE_SECONDS,
             ceiling=pools.CEILING,
         )
-        await repository.insert_outbox(conn, self.outbox)
 
     def _find(self, instance_id: str, key: str) -> _Draft | None:
-        mine = [draft for draft in self.drafts if draft.row["instance_id"] == instance_id]
+        mine = self._by_instance.get(instance_id, [])
         for draft in mine:
             if key and draft.row["interruption_key"] == key:
                 return draft
@@ -576,7 +604,7 @@ class Batch:
             },
             new=True,
         )
-        self.drafts.append(draft)
+        self._add(draft)
         self._write_history(draft, "detected", {"by": label, "flags": sorted(event.flags)})
         if node:
             self._begin(draft, event, decision, node)
@@ -667,8 +695,7 @@ class Batch:
     def _change(self, draft: _Draft, event: str, detail: dict[str, Any]) -> None:
         # One version per transaction; further events of it are told in the same history row's detail.
         if draft.changed or draft.new:
-            last = next(entry for entry in reversed(self.history) if entry["interruption_id"] == draft.id)
-            last["detail"].setdefault("also", []).append({"event": event} | detail)
+            self._last_entry[draft.id]["detail"].setdefault("also", []).append({"event": event} | detail)
             return
         draft.changed = True
         draft.row["version"] += 1
@@ -684,6 +711,7 @@ class Batch:
             "detail": detail,
         }
         self.history.append(entry)
+        self._last_entry[draft.id] = entry
 
     def _drain_task(self, draft: _Draft) -> NewTask:
         assert draft.drain is not None

@@ -174,7 +174,7 @@ async def replay(db: Database, bells: Bells | None, principal: Principal, quaran
     customer_id, source, dedupe_key = read_message_id(quarantined_id)
     principal.customer(customer_id, what="message")
     now = datetime.now(UTC)
-    async with db.system() as conn:
+    async with db.tenant(customer_id) as conn:
         facts = await repository.customer_facts(conn, customer_id)
         row = await views_repository.lock_quarantined(conn, customer_id, source, dedupe_key)
         if facts is None or row is None:

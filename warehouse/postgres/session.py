@@ -36,6 +36,11 @@ async def narrow(conn: AsyncConnection, customer_id: UUID) -> None:
     await conn.execute(_SCOPE, {"role": TENANT_ROLE, "customer_id": str(customer_id)})
 
 
+async def widen(conn: AsyncConnection) -> None:
+    """From one customer's scope to the system's, until ``narrow``; for questions that only the system may answer."""
+    await conn.execute(_SCOPE, {"role": SYSTEM_ROLE, "customer_id": ""})
+
+
 class Database:
     """An asyncio connection pool with scoped transactions.
 

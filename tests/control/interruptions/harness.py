@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,6 +23,7 @@ from sqlalchemy import text
 from control.agents.repository import lease_tasks, record_report
 from control.bus.bells import Bells
 from control.gateways.aws import AwsGateway, Credentials
+from control.interruptions.repository import insert_rows
 from control.sandbox.aws.instances import Instance
 from control.sandbox.aws.server import SandboxAWS, SandboxConfig
 from tests.control.interruptions.tenants import Tenant, create_tenant
@@ -31,6 +33,13 @@ from warehouse.postgres.session import Database
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEPLOYMENT = "test-deployment"
+# vCPUs, GiB, USD per hour On-Demand.
+TYPES = {
+    "m5.large": (2, 8, 0.096),
+    "m5a.large": (2, 8, 0.086),
+    "m6i.large": (2, 8, 0.096),
+    "m5.xlarge": (4, 16, 0.192),
+}
 
 
 @dataclass
@@ -81,6 +90,49 @@ class Stage:
             await self.tenant.node(instance["InstanceId"], instance_type=instance_type, availability_zone=zone)
         return [instance["InstanceId"] for instance in answer["Instances"]]
 
+    async def ingest_prices(self) -> None:
+        """Newest prices of a few types in the zones that offer them, as the pipelines keep them."""
+        keys = self.aws.credentials(self.tenant.account_id)
+        gateway = AwsGateway(endpoint_url=self.aws.url)
+        answer = await gateway.call(
+            "ec2",
+            "DescribeInstanceTypeOfferings",
+            {
+                "LocationType": "availability-zone",
+                "Filters": [{"Name": "instance-type", "Values": sorted(TYPES)}],
+            },
+            region=self.tenant.region,
+            credentials=Credentials(keys.access_key_id, keys.secret_access_key),
+        )
+        await gateway.close()
+        now = datetime.now(UTC)
+        common = {"region": self.tenant.region, "effective_at": now, "source": "observed"}
+        spot = [
+            common
+            | {
+                "zone_id": f"id-{offer['Location']}",
+                "availability_zone": offer["Location"],
+                "instance_type": offer["InstanceType"],
+                "product": "Linux/UNIX",
+                "price_usd_per_hour": TYPES[offer["InstanceType"]][2] * 0.4,
+            }
+            for offer in answer["InstanceTypeOfferings"]
+        ]
+        on_demand = [
+            common
+            | {
+                "instance_type": name,
+                "product": "Linux/UNIX",
+                "price_usd_per_hour": price,
+                "vcpus": vcpus,
+                "memory_gib": memory,
+            }
+            for name, (vcpus, memory, price) in TYPES.items()
+        ]
+        async with self.db.system() as conn:
+            await insert_rows(conn, "spot_price_current", spot, order="zone_id")
+            await insert_rows(conn, "on_demand_price", on_demand, order="instance_type")
+
     def zone_of(self, instance_id: str) -> str:
         """The zone an instance is in."""
         (found,) = [i for i in self.aws.instances() if i.instance_id == instance_id]
@@ -97,19 +149,28 @@ class Stage:
 
     async def _join_replacements(self) -> None:
         """Instances of ours become Ready nodes, as an agent would report them."""
+        started: asyncio.Queue[Instance] = asyncio.Queue()
+
+        def changed(instance: Instance, state: str) -> None:
+            if state in ("pending", "running"):
+                started.put_nowait(instance)
+
+        self.aws.on_change(changed)
+        # Those that started while nobody listened.
+        for instance in self.ours(alive=True):
+            started.put_nowait(instance)
         while True:
-            known = set(self.tenant.instances)
-            for instance in self.ours(alive=True):
-                if instance.instance_id in known:
-                    continue
-                await asyncio.sleep(self.join_seconds)
-                await self.tenant.node(
-                    instance.instance_id,
-                    instance_type=instance.instance_type,
-                    availability_zone=instance.zone_name,
-                    node_type=instance.lifecycle,
-                )
-            await asyncio.sleep(0.05)
+            instance = await started.get()
+            ours = instance.tags.get("cloudoptim:managed") == DEPLOYMENT
+            if not ours or instance.instance_id in self.tenant.instances:
+                continue
+            await asyncio.sleep(self.join_seconds)
+            await self.tenant.node(
+                instance.instance_id,
+                instance_type=instance.instance_type,
+                availability_zone=instance.zone_name,
+                node_type=instance.lifecycle,
+            )
 
     async def _agent(self) -> None:
         """A good agent: long polls by bell, drains in no time, reports until it is accepted."""
@@ -233,6 +294,7 @@ async def stage(
                 {"role": account.role_arn, "queue": account.queue_url, "id": tenant.customer_id},
             )
         found = Stage(aws, db, bells, tenant, database_url, redis_url, log_folder)
+        await found.ingest_prices()
         await found.resume()
         try:
             yield found
