@@ -118,19 +118,19 @@ async def create_tasks(conn: AsyncConnection, tasks: Sequence[NewTask]) -> list[
     return [row.id for row in result]
 
 
+# The stop switches are read once, and the chosen ids go in as an array: both are index look-ups whatever the planner
+# believes about a queue that was empty when it was last analysed.
 _LEASE = text("""
     WITH due AS (
-        SELECT t.id,
-               t.state = 'leased' AND t.lease_until > now() AS own
+        SELECT t.id
         FROM agent_tasks t
-        JOIN clusters c ON c.id = t.cluster_id
-        JOIN customers m ON m.id = t.customer_id
         WHERE t.cluster_id = :cluster_id
           AND t.state IN ('queued', 'leased')
           AND (t.deadline_at IS NULL OR t.deadline_at > now())
           AND t.task_type = ANY(:understands)
           AND (t.interruption_id IS NOT NULL OR t.task_type = ANY(:harmless)
-               OR NOT (c.kill_switch OR m.kill_switch))
+               OR NOT (SELECT c.kill_switch OR m.kill_switch FROM clusters c JOIN customers m ON m.id = c.customer_id
+                       WHERE c.id = :cluster_id))
           AND (
               t.state = 'queued'
               OR t.lease_until <= now()
@@ -147,12 +147,11 @@ _LEASE = text("""
     UPDATE agent_tasks t
     SET state = 'leased',
         leased_by = :agent,
-        lease_epoch = t.lease_epoch + CASE WHEN due.own THEN 0 ELSE 1 END,
-        attempts = t.attempts + CASE WHEN due.own THEN 0 ELSE 1 END,
+        lease_epoch = t.lease_epoch + CASE WHEN t.state = 'leased' AND t.lease_until > now() THEN 0 ELSE 1 END,
+        attempts = t.attempts + CASE WHEN t.state = 'leased' AND t.lease_until > now() THEN 0 ELSE 1 END,
         lease_until = now() + make_interval(secs => :lease_seconds),
         first_leased_at = coalesce(t.first_leased_at, clock_timestamp())
-    FROM due
-    WHERE t.id = due.id
+    WHERE t.id = ANY(ARRAY(SELECT id FROM due))
     RETURNING t.id, t.cluster_id, t.task_type, t.parameters, t.priority, t.deadline_at, t.lease_epoch, t.lease_until
 """)
 

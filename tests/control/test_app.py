@@ -278,10 +278,9 @@ def test_weak_settings_refuse_to_start_and_are_named(changes, variable):
 
 @pytest.fixture
 def json_logs(capsys):
-    """Logs as the service writes them, into what the test captures; the handlers of before come back afterwards."""
+    """What the test writes to standard error; its handlers go with it and those of before come back."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
-    configure_logging("INFO")
     yield capsys
     root.handlers[:], root.level = before
 
@@ -298,6 +297,7 @@ CANARIES = {
 
 @pytest.mark.parametrize("name", CANARIES)
 def test_secrets_are_taken_out_of_logs_by_shape(name, json_logs):
+    configure_logging("INFO")
     structlog.get_logger("test").info("event", text=f"before {CANARIES[name]} after", items=[{"deep": CANARIES[name]}])
     logging.getLogger("library").warning("said %s", CANARIES[name])
     try:
@@ -323,6 +323,7 @@ def test_secrets_are_taken_out_of_logs_by_name():
 
 
 def test_a_log_line_is_one_line_whatever_is_in_it(json_logs):
+    configure_logging("INFO")
     structlog.get_logger("test").info("event", node='evil\n{"event": "fake"}\x1b[31m')
     (line,) = json_logs.readouterr().err.splitlines()
     assert json.loads(line)["node"].startswith("evil\n")
