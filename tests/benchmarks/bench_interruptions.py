@@ -52,10 +52,17 @@ async def measure(found: Stage, count: int, per_second: float) -> dict[str, Any]
 
     await found.until(all_leased, 60)
     rows = await found.tenant.rows(
-        "SELECT id, parameters ->> 'instance_id' AS instance FROM agent_tasks WHERE customer_id = :customer_id"
+        """SELECT t.id, t.parameters ->> 'instance_id' AS instance, extract(epoch FROM i.received_at) AS received,
+                  extract(epoch FROM t.created_at) AS created
+           FROM agent_tasks t JOIN interruptions i ON i.id = t.interruption_id WHERE t.customer_id = :customer_id"""
     )
     leased: dict[UUID, float] = found.leased
     latencies = [leased[row.id] - sent[row.instance] for row in rows if row.instance in sent]
+    parts = {
+        "to_worker": [float(row.received) - sent[row.instance] for row in rows if row.instance in sent],
+        "to_task": [float(row.created - row.received) for row in rows if row.instance in sent],
+        "to_agent": [leased[row.id] - float(row.created) for row in rows if row.instance in sent],
+    }
     closed = await found.closed(count + 1, 180)
     outcomes: dict[str, int] = {}
     for row in closed:
@@ -68,6 +75,7 @@ async def measure(found: Stage, count: int, per_second: float) -> dict[str, Any]
         "p90_ms": round(percentile(latencies, 0.90) * 1000, 1),
         "p99_ms": round(percentile(latencies, 0.99) * 1000, 1),
         "max_ms": round(max(latencies) * 1000, 1),
+        "parts_p50_ms": {name: round(percentile(values, 0.5) * 1000, 1) for name, values in parts.items()},
         "outcomes": outcomes,
         "run_instances_calls": len(calls),
         "instances_alive": len(found.ours(alive=True)),
