@@ -47,9 +47,9 @@ def asyncapi_page(specification: dict[str, Any]) -> str:
     for name, operation in sorted(operations.items()):
         channel_name = operation.get("channel", {}).get("$ref", "").rsplit("/", 1)[-1]
         channel = channels.get(channel_name, {})
-        payloads = {}
+        payloads: dict[str, Any] = {}
         for reference in operation.get("messages", []) or channel.get("messages", {}).values():
-            message = messages.get(reference.get("$ref", "").rsplit("/", 1)[-1]) or next(
+            message: dict[str, Any] = messages.get(reference.get("$ref", "").rsplit("/", 1)[-1]) or next(
                 (messages[key] for key in messages if key.startswith(channel_name.split(":")[0])), {}
             )
             schema = message.get("payload", {}).get("$ref", "").rsplit("/", 1)[-1]
