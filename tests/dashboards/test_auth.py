@@ -270,4 +270,5 @@ def test_the_process_stays_small(dashboards: Served) -> None:
     with signed_in(dashboards) as client:
         for path in ("/cost", "/interruptions", "/gaps", "/nodes", "/prices", "/reports"):
             assert client.get(path).status_code == 200
-    assert psutil.Process(dashboards.process.pid).memory_info().rss < 350 * 2**20
+    # PSS, as the footprint of `up` counts: pages of libraries that other processes map too are shared among them.
+    assert psutil.Process(dashboards.process.pid).memory_full_info().pss < 350 * 2**20

@@ -51,11 +51,14 @@ def attend(tab: Tab) -> None:
     page = tab.page
     page.on("pageerror", lambda error: tab.problems.append(f"script: {error}"))
     page.on("console", lambda said: tab.problems.append(f"console: {said.text}") if said.type == "error" else None)
-    # A download is a navigation that ends without a page, which Chromium reports as aborted.
+    # A download is a navigation that ends without a page, and a font still on its way when the next page is opened is
+    # given up: Chromium reports both as aborted. A font that the server lacks is a 404, which is caught below.
     page.on(
         "requestfailed",
         lambda request: (
-            tab.problems.append(f"failed: {request.url} {request.failure}") if "/download/" not in request.url else None
+            None
+            if request.failure == "net::ERR_ABORTED" and ("/download/" in request.url or request.url.endswith(".woff2"))
+            else tab.problems.append(f"failed: {request.url} {request.failure}")
         ),
     )
     page.on(
