@@ -266,6 +266,7 @@ def test_origins_are_exact() -> None:
     ]
 
 
+@pytest.mark.soak
 def test_the_process_stays_small(dashboards: Served) -> None:
     with signed_in(dashboards) as client:
         for path in ("/cost", "/interruptions", "/gaps", "/nodes", "/prices", "/reports"):
