@@ -42,9 +42,10 @@ EXPORTS: dict[str, Export] = {
     "savings": reports.export,
 }
 
-# How long a page may be disconnected (a laptop asleep) and still find its session.
+# How long a page may be open and still connect again after a break; its session is made anew if it is gone.
 PAGE_TOKEN_SECONDS = 12 * 3600
-UNUSED_SESSION_MS = 60_000
+# A closed page's session is about 2 MB.
+UNUSED_SESSION_MS = 30_000
 _SCRIPT = re.compile(rb"<script(?=[ >])")
 
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from control.embedded import EmbeddedPostgres, free_port
+from control.supervisor.environment import FRUGAL
 from dashboards.config import DashboardSettings
 from dashboards.data import Data
 from tests.dashboards.seed import World, seed
@@ -72,9 +73,9 @@ def data(seeded: Seeded) -> Iterator[Data]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """A process's environment: this one's without our own settings, and the given ones."""
+    """A process's environment as `cloudoptim up` makes it: this one's without our settings, frugal, and the given."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("CLOUDOPTIM_", "AWS_", "DB_"))}
-    return {**own, **SECRETS, **changes}
+    return {**own, **FRUGAL, **SECRETS, **changes}
 
 
 @contextmanager
