@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from control.embedded.process import dies_with_parent
 from control.supervisor.environment import PORTS
 
 START_SECONDS = 180
@@ -31,7 +33,8 @@ class Run:
         self.output = home.with_name(f"{home.name}-{time.monotonic_ns()}.out")
         with self.output.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "control.cli", "up", *options],
+                # A killed test session takes its runs along.
+                dies_with_parent([sys.executable, "-m", "control.cli", "up", *options], signal.SIGTERM),
                 env=environment(home, **extra),
                 stdout=file,
                 stderr=subprocess.STDOUT,
