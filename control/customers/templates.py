@@ -60,6 +60,7 @@ def iam_policy(account_id: str | None, queue_name: str, deployment_id: str) -> d
                 "Action": [
                     "sqs:ReceiveMessage",
                     "sqs:DeleteMessage",
+                    "sqs:ChangeMessageVisibility",
                     "sqs:GetQueueAttributes",
                 ],
                 "Resource": f"arn:aws:sqs:*:{account}:{queue_name}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -33,7 +33,7 @@ PRE_SPIN_DRAIN_LEAD = timedelta(minutes=15)
 
 async def close_ended(runtime: Runtime) -> int:
     """Close interruptions with nothing left to do; returns how many."""
-    now = datetime.now(UTC)
+    now = runtime.db.now()
     closed: list[tuple[Ended, Closing]] = []
     async with runtime.db.system() as conn:
         for row in await closing_repository.ended_interruptions(conn, limit=LIMIT):
@@ -124,7 +124,7 @@ def _observe(row: Ended, now: datetime) -> None:
 
 async def begin_waiting_drains(runtime: Runtime) -> int:
     """Drain nodes whose replacement is Ready (policy ``pre_spin``); returns how many."""
-    now = datetime.now(UTC)
+    now = runtime.db.now()
     tasks: list[NewTask] = []
     async with runtime.db.system() as conn:
         rows = await closing_repository.waiting_drains(conn, limit=LIMIT)
@@ -173,7 +173,7 @@ def _node(row: Any) -> NodeFacts:
 
 async def settle_unmatched(runtime: Runtime) -> int:
     """Match warnings with nodes that registered since; close those nobody claimed within ten minutes."""
-    now = datetime.now(UTC)
+    now = runtime.db.now()
     async with runtime.db.system() as conn:
         rows = await repository.unmatched_to_settle(
             conn, closes_after_seconds=UNMATCHED_FOR.total_seconds(), limit=LIMIT

@@ -14,8 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control.interruptions import pools
 from control.interruptions.repository import insert_rows, to_json
 
-# A launch worker that dies is replaced after this long; the call itself has 15 s (control.gateways.aws).
-LEASE_SECONDS = 20
+# A launch worker that dies is replaced after this long and the next look, within 20 s together (RELIABILITY R-08); one
+# that lives says so while it works.
+LEASE_SECONDS = 15
+HEARTBEAT_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,48 @@ async def postpone_intents(
 ) -> None:
     """Give claimed intents back, to be looked at again after ``seconds``."""
     await conn.execute(_RELEASE_INTENTS, {"ids": list(ids), "worker": worker, "seconds": seconds, "reason": reason})
+
+
+_KEEP_INTENTS = text("""
+    UPDATE launch_intents SET lease_until = now() + make_interval(secs => :lease_seconds)
+    WHERE id = ANY(:ids) AND leased_by = :worker AND lease_until IS NOT NULL AND state IN ('planned', 'blocked')
+""")
+_KEEP_BATCH = text("""
+    UPDATE launch_batches SET lease_until = now() + make_interval(secs => :lease_seconds)
+    WHERE id = :id AND lease_epoch = :lease_epoch AND lease_until IS NOT NULL AND state IN ('calling', 'unknown')
+""")
+
+
+async def keep_intents(conn: AsyncConnection, ids: Sequence[UUID], *, worker: str) -> bool:
+    """A heartbeat: claimed intents stay this worker's for another lease; False when none of them is any more."""
+    result = await conn.execute(_KEEP_INTENTS, {"ids": list(ids), "worker": worker, "lease_seconds": LEASE_SECONDS})
+    return result.rowcount > 0
+
+
+async def keep_batch(conn: AsyncConnection, batch: BatchRow) -> bool:
+    """A heartbeat: a call under way stays its holder's for another lease; False when it is somebody else's."""
+    result = await conn.execute(
+        _KEEP_BATCH, {"id": batch.id, "lease_epoch": batch.lease_epoch, "lease_seconds": LEASE_SECONDS}
+    )
+    return result.rowcount > 0
+
+
+_RELEASE_ALL = text("""
+    WITH intents AS (
+        UPDATE launch_intents SET lease_until = NULL, leased_by = NULL
+        WHERE leased_by = :worker AND state IN ('planned', 'blocked') RETURNING 1
+    ), batches AS (
+        UPDATE launch_batches SET lease_until = NULL, leased_by = NULL, next_action_at = now()
+        WHERE leased_by = :worker AND state IN ('calling', 'unknown') RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM intents) AS intents, (SELECT count(*) FROM batches) AS batches
+""")
+
+
+async def release_leases(conn: AsyncConnection, worker: str) -> int:
+    """Give back all that a worker which is leaving still holds, due at once; returns how many leases."""
+    released = (await conn.execute(_RELEASE_ALL, {"worker": worker})).one()
+    return released.intents + released.batches
 
 
 # --- batches
@@ -422,7 +466,7 @@ async def never_ready_intents(conn: AsyncConnection, *, seconds: float, limit: i
 
 
 _ENDING = text("""
-    SELECT a.intent_id, a.instance_id, a.customer_id, b.cluster_id, b.region, a.failure
+    SELECT a.intent_id, a.instance_id, a.customer_id, b.cluster_id, b.region, a.failure, a.launched_at
     FROM launch_attempts a JOIN launch_batches b ON b.id = a.batch_id
     WHERE a.state = 'terminating' AND a.instance_id IS NOT NULL
     ORDER BY a.id LIMIT :limit

@@ -11,13 +11,16 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.gateways.aws import AwsError, Credentials, Role, client_token
@@ -107,10 +110,31 @@ class Launcher:
         by_cluster: dict[UUID, list[IntentRow]] = defaultdict(list)
         for intent in intents:
             by_cluster[intent.cluster_id].append(intent)
-        await asyncio.gather(
-            *(self._plan_cluster(clusters[cluster_id], group) for cluster_id, group in by_cluster.items())
-        )
+        ids = [intent.id for intent in intents]
+        async with self._heartbeat(partial(launch_repository.keep_intents, ids=ids, worker=self.runtime.worker)):
+            await asyncio.gather(
+                *(self._plan_cluster(clusters[cluster_id], group) for cluster_id, group in by_cluster.items())
+            )
         return len(intents)
+
+    @asynccontextmanager
+    async def _heartbeat(self, keep: Callable[[AsyncConnection], Awaitable[bool]]) -> AsyncIterator[None]:
+        """Keep leases alive until the block ends: slow work is not dead work."""
+        task = asyncio.create_task(self._beat(keep), name="heartbeat")
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _beat(self, keep: Callable[[AsyncConnection], Awaitable[bool]]) -> None:
+        while True:
+            await asyncio.sleep(launch_repository.HEARTBEAT_SECONDS)
+            try:
+                async with self.runtime.db.system() as conn:
+                    if not await keep(conn):
+                        return
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("launch.heartbeat_failed", error=type(error).__name__)
 
     async def _plan_cluster(self, cluster: ClusterFacts, intents: list[IntentRow]) -> None:
         ids = [intent.id for intent in intents]
@@ -170,7 +194,7 @@ class Launcher:
             locked = await launch_repository.lock_intents(conn, [intent.id for intent in intents])
             attempts = await launch_repository.attempts_of(conn, list(locked))
             planned: list[_Planned] = []
-            moves = _Moves()
+            moves = _Moves(self.runtime.db.now())
             for claimed in intents:
                 row = locked.get(claimed.id)
                 # Somebody else took it over while we asked EC2: theirs now.
@@ -208,7 +232,7 @@ class Launcher:
         for plan in planned:
             groups[fingerprint(plan.template), plan.pool].append(plan)
         rows, slots, batches = [], [], []
-        now = datetime.now(UTC)
+        now = self.runtime.db.now()
         for (_, pool), group in groups.items():
             for start in range(0, len(group), BATCH_SIZE):
                 share = group[start : start + BATCH_SIZE]
@@ -435,11 +459,32 @@ class Launcher:
         if self._calls:
             await asyncio.wait(self._calls, timeout=timeout)
 
+    async def leave(self) -> None:
+        """Stop calls under way and give back every lease, so that others go on at once."""
+        for call in list(self._calls):
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        try:
+            async with self.runtime.db.system() as conn:
+                released = await launch_repository.release_leases(conn, self.runtime.worker)
+        except (SQLAlchemyError, OSError) as error:
+            # They run out by themselves.
+            log.warning("launch.leases_kept", error=type(error).__name__)
+            return
+        if released:
+            log.info("launch.leases_released", leases=released)
+            await self.runtime.bells.ring("launches")
+            await self.runtime.bells.ring("launch_calls")
+
     async def call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
         """Send a frozen request, once, and record what became of it."""
         async with self.runtime.db.system() as conn:
             if not await launch_repository.note_call(conn, batch):
                 return
+        async with self._heartbeat(partial(launch_repository.keep_batch, batch=batch)):
+            await self._call(batch, cluster)
+
+    async def _call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
         try:
             credentials = await self.credentials(cluster)
             answer = await self.runtime.aws.call(
@@ -472,10 +517,14 @@ class Launcher:
     ) -> None:
         """Apply one answer to a batch and all its slots in one transaction; a second answer changes nothing."""
         metrics.LAUNCH_CALLS.labels(reading.code or reading.meaning.value).inc()
-        moves = _Moves()
+        moves = _Moves(self.runtime.db.now())
         async with self.runtime.db.system() as conn:
             locked = await launch_repository.lock_batch(conn, batch.id)
             if locked is None or locked[0].state not in ("calling", "unknown"):
+                return
+            if locked[0].lease_epoch != batch.lease_epoch:
+                # We were away for longer than a lease. Whoever has it now gets the same answer with the same token.
+                log.warning("launch.stale_answer", batch_id=str(batch.id), epoch=batch.lease_epoch)
                 return
             _, slots = locked
             intents = await launch_repository.lock_intents(conn, [slot.intent_id for slot in slots])
@@ -534,7 +583,7 @@ async def apply_events(runtime: Runtime, events: Mapping[UUID, LaunchEvent]) -> 
     """One event per intent, committed together; returns how many moved."""
     if not events:
         return 0
-    moves = _Moves()
+    moves = _Moves(runtime.db.now())
     async with runtime.db.system() as conn:
         rows = await launch_repository.lock_intents(conn, sorted(events))
         attempts = await launch_repository.attempts_of(conn, list(rows))
@@ -549,7 +598,8 @@ async def apply_events(runtime: Runtime, events: Mapping[UUID, LaunchEvent]) -> 
 class _Moves:
     """Changes of intents and attempts in one transaction, and what to do once it is committed."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: datetime) -> None:
+        self.now = now
         self.intents: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self.commands: list[tuple[IntentRow, Command]] = []
@@ -568,10 +618,9 @@ class _Moves:
         stored = _intent(row, attempts)
         if after == stored:
             return after
-        now = datetime.now(UTC)
-        next_action = now
+        next_action = self.now
         if after.state is IntentState.BLOCKED:
-            next_action = now + timedelta(seconds=BLOCKED_SECONDS)
+            next_action = self.now + timedelta(seconds=BLOCKED_SECONDS)
         self.intents.append(
             {
                 "id": row.id,

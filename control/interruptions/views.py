@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -173,8 +173,8 @@ async def replay(db: Database, bells: Bells | None, principal: Principal, quaran
     """
     customer_id, source, dedupe_key = read_message_id(quarantined_id)
     principal.customer(customer_id, what="message")
-    now = datetime.now(UTC)
     async with db.tenant(customer_id) as conn:
+        now = db.now()
         facts = await repository.customer_facts(conn, customer_id)
         row = await views_repository.lock_quarantined(conn, customer_id, source, dedupe_key)
         if facts is None or row is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import tempfile
 import time
@@ -20,13 +21,8 @@ from uuid import UUID
 
 from control.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.control.interruptions.harness import Stage, stage
+from tests.control.interruptions.load import percentile
 from warehouse.postgres.migrate import upgrade
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which ``share`` of the sorted values lie (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
 
 
 async def measure(found: Stage, count: int, per_second: float) -> dict[str, Any]:
@@ -104,7 +100,8 @@ async def _main(count: int, per_second: float) -> None:
             logs = Path(folder) / "logs"
             await asyncio.to_thread(logs.mkdir)
             async with stage(postgres.url("bench"), redis.url, logs) as found:
-                print(json.dumps(await measure(found, count, per_second)))  # noqa: T201
+                busy = round(os.getloadavg()[0], 2)
+                print(json.dumps(await measure(found, count, per_second) | {"load_average_before": busy}))  # noqa: T201
         finally:
             redis.stop()
             postgres.stop()

@@ -6,7 +6,8 @@
     .venv/bin/python -m tests.benchmarks.bench_storm --backlog 5000                             # after an outage
 
 One customer's queue serves all clusters. Prints one JSON line: time from a notice's moment to its drain being leased
-by the cluster's agent (p50, p99, max), or messages per second through receive, commit and delete.
+by the cluster's agent (p50, p99, max), or messages per second through receive, commit and delete; and the machine's
+load (1 min) when it began.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import tempfile
 import time
@@ -21,15 +23,13 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import psutil
 
-from control.agents.repository import lease_tasks
 from control.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from control.interruptions.repository import insert_rows
-from tests.benchmarks.bench_interruptions import percentile
 from tests.control.interruptions.harness import Stage, stage
+from tests.control.interruptions.load import load, percentile
 from warehouse.postgres.migrate import upgrade
 from warehouse.postgres.models import new_id
 
@@ -37,32 +37,15 @@ from warehouse.postgres.models import new_id
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-async def _clusters(found: Stage, count: int) -> list[UUID]:
-    """The stage's cluster and ``count - 1`` more of the same customer."""
-    more = [
-        {
-            "id": new_id(),
-            "customer_id": found.tenant.customer_id,
-            "cluster_name": f"cluster-{number}",
-            "region": "us-east-1",
-            "status": "active",
-        }
-        for number in range(1, count)
-    ]
-    async with found.db.system() as conn:
-        await insert_rows(conn, "clusters", more, order="id")
-    return [found.tenant.cluster_id, *(row["id"] for row in more)]
-
-
-async def _nodes(found: Stage, clusters: list[UUID], count: int) -> list[str]:
-    """Nodes spread over the clusters; only the database knows them, EC2 knows one that shows how they are launched."""
+async def _nodes(found: Stage, count: int) -> list[str]:
+    """Nodes of the one cluster; only the database knows them, EC2 knows one that shows how they are launched."""
     await found.launch_nodes()
     now = datetime.now(UTC)
     rows = [
         {
             "id": new_id(),
             "customer_id": found.tenant.customer_id,
-            "cluster_id": clusters[number % len(clusters)],
+            "cluster_id": found.tenant.cluster_id,
             "node_name": f"storm-{number}",
             "instance_id": f"i-5{number:016x}",
             "instance_type": "m5.large",
@@ -81,45 +64,24 @@ async def _nodes(found: Stage, clusters: list[UUID], count: int) -> list[str]:
     return [row["instance_id"] for row in rows]
 
 
-async def _agent(found: Stage, cluster_id: UUID, leased: dict[str, float]) -> None:
-    async with found.bells.listen("tasks", cluster_id) as bell:
-        while True:
-            async with found.db.tenant(found.tenant.customer_id) as conn:
-                tasks = await lease_tasks(
-                    conn, cluster_id=cluster_id, agent="agent", limit=100, understands=["drain_node"]
-                )
-            now = time.time()
-            for task in tasks:
-                leased.setdefault(task.parameters["instance_id"], now)
-            if not tasks:
-                await bell.wait(2.0)
-
-
 async def storm(found: Stage, notices: int, clusters: int, seconds: float, workers: int) -> dict[str, Any]:
-    """Notices at seeded random moments within ``seconds``."""
-    places = await _clusters(found, clusters)
-    instances = await _nodes(found, places, notices)
-    found.agent_works = False
-    for _ in range(workers):
-        found.start_worker()
-    leased: dict[str, float] = {}
-    agents = [asyncio.create_task(_agent(found, cluster, leased)) for cluster in places]
-    await _intake_is_on(found)
-    rng = random.Random(31)
-    began = time.time()
-    moments = sorted(rng.uniform(0, seconds) for _ in instances)
-    sent: dict[str, float] = {}
-    for instance, moment in zip(instances, moments, strict=True):
-        await asyncio.sleep(max(0.0, began + moment - time.time()))
-        sent[instance] = began + moment
-        found.aws.send_event(found.queue, found.tenant.warning(instance))
-    ends = time.time() + 120
-    while len(set(leased) & set(sent)) < notices and time.time() < ends:  # noqa: ASYNC110 - other processes' doing
-        await asyncio.sleep(0.05)
-    latencies = [leased[instance] - sent[instance] for instance in sent if instance in leased]
-    calls = len([c for c in found.aws.history(action="RunInstances") if c["params"].get("ClientToken")])
-    for agent in agents:
-        agent.cancel()
+    """Notices at seeded random moments within ``seconds``; every one is drained, replaced and closed."""
+    async with load(found, clusters) as made:
+        instances = await made.nodes(notices)
+        for _ in range(workers):
+            found.start_worker()
+        await made.warm_up()
+        cpu = _cpu_seconds(found)
+        began = time.time()
+        await made.storm(instances, seconds)
+        await made.until(made.all_offered, 120)
+        cpu = _cpu_seconds(found) - cpu
+        await made.until(made.all_closed, 180)
+        closed = time.time() - began
+        outcomes = await found.tenant.rows(
+            "SELECT outcome, count(*) AS n FROM interruptions WHERE customer_id = :customer_id GROUP BY outcome"
+        )
+    latencies = made.latencies()
     return {
         "notices": notices,
         "clusters": clusters,
@@ -129,9 +91,17 @@ async def storm(found: Stage, notices: int, clusters: int, seconds: float, worke
         "p50_s": round(percentile(latencies, 0.5), 3),
         "p99_s": round(percentile(latencies, 0.99), 3),
         "max_s": round(max(latencies), 3),
-        "run_instances_calls": calls,
+        "worker_cpu_s": round(cpu, 1),
+        "outcomes": {row.outcome: row.n for row in outcomes},
+        "all_closed_s": round(closed, 1),
+        "run_instances_calls": len([c for c in found.aws.history(action="RunInstances") if _ours(c)]),
+        "replacements": len(found.ours()),
         "worker_rss_mib": _memory(found),
     }
+
+
+def _ours(call: dict[str, Any]) -> bool:
+    return bool(call["params"].get("ClientToken"))
 
 
 def _memory(found: Stage) -> list[int]:
@@ -155,7 +125,7 @@ async def _until_empty(found: Stage) -> None:
 
 async def flood(found: Stage, messages: int, workers: int) -> dict[str, Any]:
     """Mixed messages that all wait: half state changes and rebalances, a third warnings, the rest foreign or poison."""
-    instances = await _nodes(found, [found.tenant.cluster_id], messages // 3)
+    instances = await _nodes(found, messages // 3)
     found.agent_works = False
     bodies = _mixed(found, instances, messages)
     for _ in range(workers):
@@ -200,7 +170,7 @@ def _mixed(found: Stage, instances: list[str], count: int) -> list[str]:
 
 async def backlog(found: Stage, messages: int, workers: int) -> dict[str, Any]:
     """An outage of ten minutes ends: messages wait, half of them still valid. When was the last valid one offered?"""
-    instances = await _nodes(found, [found.tenant.cluster_id], messages)
+    instances = await _nodes(found, messages)
     await found.tenant.rows("UPDATE nodes SET last_seen_at = now() - interval '5 minutes' RETURNING 1")
     found.agent_works = False
     now = datetime.now(UTC)
@@ -216,22 +186,22 @@ async def backlog(found: Stage, messages: int, workers: int) -> dict[str, Any]:
     ]
     random.Random(3).shuffle(bodies)
     found.aws.send_events(found.queue, bodies)
-    leased: dict[str, float] = {}
-    agent = asyncio.create_task(_agent(found, found.tenant.cluster_id, leased))
-    for _ in range(workers):
-        found.start_worker()
-    began = time.time()
-    await _until_empty(found)
-    emptied = time.time() - began
-    while len(leased) < len(valid) and time.time() - began < 120:  # noqa: ASYNC110 - other processes' doing
-        await asyncio.sleep(0.05)
-    agent.cancel()
-    offered = sorted(moment - began for moment in leased.values())
+    async with load(found, reports=False) as made:
+        for _ in range(workers):
+            found.start_worker()
+        began = time.time()
+        await _until_empty(found)
+        emptied = time.time() - began
+        made.due = dict.fromkeys(valid, began)
+        await made.until(made.all_offered, 120)
+    leased = made.leased
+    offered = sorted(made.latencies())
     return {
         "messages": messages,
         "still_valid": len(valid),
         "offered": len(offered),
         "offered_that_were_over": len(set(leased) - valid),
+        "p99_valid_offered_s": round(percentile(offered, 0.99), 2),
         "last_valid_offered_s": round(offered[-1], 2),
         "queue_empty_s": round(emptied, 2),
     }
@@ -247,8 +217,9 @@ async def _main(run: Callable[[Stage], Awaitable[dict[str, Any]]]) -> None:
             upgrade(postgres.url("bench"))
             logs = Path(folder) / "logs"
             await asyncio.to_thread(logs.mkdir)
+            busy = os.getloadavg()[0]
             async with stage(postgres.url("bench"), redis.url, logs) as found:
-                print(json.dumps(await run(found)))  # noqa: T201
+                print(json.dumps(await run(found) | {"load_average_before": round(busy, 2)}))  # noqa: T201
         finally:
             redis.stop()
             postgres.stop()

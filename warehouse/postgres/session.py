@@ -11,8 +11,10 @@ carries nothing over.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy import Connection, create_engine, text
@@ -23,7 +25,14 @@ TENANT_ROLE = "cloudoptim_tenant"
 SYSTEM_ROLE = "cloudoptim_system"
 ML_ROLE = "ml_readonly"
 
-_SCOPE = text("SELECT set_config('role', :role, true), set_config('app.customer_id', :customer_id, true)")
+# A process that freezes in the middle of a transaction keeps its row locks no longer than a lease (RELIABILITY R-08).
+IDLE_SECONDS = 15
+
+# The time comes along: every transaction asks anyway.
+_SCOPE = text(
+    "SELECT set_config('role', :role, true), set_config('app.customer_id', :customer_id, true), "
+    f"set_config('idle_in_transaction_session_timeout', '{IDLE_SECONDS}s', true), clock_timestamp() AS at"
+)
 
 
 def driver_url(url: str) -> str:
@@ -41,6 +50,40 @@ async def widen(conn: AsyncConnection) -> None:
     await conn.execute(_SCOPE, {"role": SYSTEM_ROLE, "customer_id": ""})
 
 
+class ServerClock:
+    """Postgres' time between two questions, carried on by this machine's monotonic clock.
+
+    Leases and deadlines written here are judged by ``now()`` over there and by other machines, so all of them follow
+    one clock: a process whose own is ten minutes off writes the same rows (RELIABILITY R-26). The reading is never
+    ahead of Postgres by more than ``TOLERANCE_SECONDS``: what is due now is due there too.
+    """
+
+    # Two clocks drift apart by less than this in a minute.
+    TOLERANCE_SECONDS = 0.005
+
+    def __init__(self) -> None:
+        self._at: datetime | None = None
+        self._monotonic = 0.0
+
+    def heard(self, at: datetime, *, asked: float, answered: float) -> None:
+        """Postgres said ``at`` to a question asked and answered at these moments of ``time.monotonic()``."""
+        if self._at is not None:
+            # Each answer is a lower bound of the time when it arrived, the later one the better.
+            kept = self._reading(answered)
+            latest = at + timedelta(seconds=answered - asked + self.TOLERANCE_SECONDS)
+            if at <= kept <= latest:
+                return
+        self._at, self._monotonic = at.astimezone(UTC), answered
+
+    def now(self) -> datetime:
+        """Postgres' time (UTC); this machine's as long as Postgres was never asked."""
+        return datetime.now(UTC) if self._at is None else self._reading(time.monotonic())
+
+    def _reading(self, monotonic: float) -> datetime:
+        assert self._at is not None
+        return self._at + timedelta(seconds=monotonic - self._monotonic)
+
+
 class Database:
     """An asyncio connection pool with scoped transactions.
 
@@ -51,6 +94,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, pool_size: int = 8, max_overflow: int = 4, pool_timeout: float = 2.0) -> None:
+        self._clock = ServerClock()
         self.engine = create_async_engine(
             driver_url(url),
             pool_size=pool_size,
@@ -63,8 +107,14 @@ class Database:
     @asynccontextmanager
     async def _scope(self, role: str, customer_id: str) -> AsyncIterator[AsyncConnection]:
         async with self.engine.begin() as conn:
-            await conn.execute(_SCOPE, {"role": role, "customer_id": customer_id})
+            asked = time.monotonic()
+            scope = (await conn.execute(_SCOPE, {"role": role, "customer_id": customer_id})).one()
+            self._clock.heard(scope.at, asked=asked, answered=time.monotonic())
             yield conn
+
+    def now(self) -> datetime:
+        """The time (UTC) by Postgres' clock, as of the transactions so far; see ``ServerClock``."""
+        return self._clock.now()
 
     def tenant(self, customer_id: UUID):
         """One transaction that sees the rows of one customer."""
