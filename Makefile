@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
-# Test processes side by side; each has a Postgres and a Redis of its own.
-JOBS ?= auto
+# Test processes side by side, each with a Postgres and a Redis of its own; they wait more than they compute.
+JOBS ?= $(shell echo $$((2 * $$(nproc))))
 # Types are checked where they are a promise; tests are run instead.
 PACKAGES := warehouse control cloudoptim_pipelines dashboards migrations
 STAMP := .venv/.installed
@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml deploy/install
 	@touch $@
 
 test: install browser ## the default lane, without the marked long ones
-	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 acceptance: install ## the whole product on real input, figures printed
 	$(PYTEST) -m acceptance -s $(ARGS)

@@ -9,11 +9,10 @@ shared_data     the folder of real data sets, or the test is skipped with the re
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -31,30 +30,15 @@ MIN_MEMORY_DISK_BYTES = 1 << 30
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests about root's rights are for root; for everybody else there is nothing in them to run or to skip."""
+    """Acceptance first: it waits for schedules for minutes, during which the other processes run everything else.
+
+    Tests about root's rights are for root; for everybody else there is nothing in them to run or to skip.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("acceptance") is None)
     if os.geteuid() != 0:
         for_root = [item for item in items if item.get_closest_marker("root")]
         items[:] = [item for item in items if item not in for_root]
         config.hook.pytest_deselected(items=for_root)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Tests of the whole product, which measure it too, have the machine to themselves; the others run side by side.
-
-    Outermost, so that neither waiting counts against a test's timeout nor a module's fixtures start too early.
-    """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return (yield)
-    alone = item.get_closest_marker("acceptance") is not None
-    # Everybody passes the turnstile; who wants the room alone keeps it until done, so that no newcomer overtakes.
-    shared = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
-    with (shared / "turnstile").open("w") as turnstile, (shared / "room").open("w") as room:
-        fcntl.flock(turnstile, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        if not alone:
-            fcntl.flock(turnstile, fcntl.LOCK_UN)
-        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from typing import Any
 
 import boto3
@@ -192,19 +193,21 @@ def test_an_interrupted_node_is_saved_although_the_worker_is_killed(product: Pro
     assert [n["status"] for n in ready] == ["ready"]
 
 
-def test_yesterdays_savings_report_was_made_by_its_schedule(product: Product) -> None:
-    yesterday = datetime.now(UTC).date() - timedelta(days=1)
+def test_tonights_schedule_makes_the_days_savings_report(product: Product) -> None:
+    today = datetime.now(UTC).date()
+    tick_at = datetime.combine(today + timedelta(days=1), time_of_day(0, 40), UTC)
+    run_request = _tested_schedule(product, "savings_reports_daily", tick_at)
+    assert _launched(product, "close_days", run_request["tags"]) == "SUCCESS"
+
     customer = product.run.addresses["sandbox"]["customers"][0]
-
-    def report() -> dict[str, Any] | None:
-        answer = product.api.get("/reports/savings", params={"customer_id": customer["customer_id"], "day": yesterday})
-        return answer.json() if answer.status_code == 200 else None
-
-    statement = product.until("the report", report)
+    where = {"customer_id": customer["customer_id"], "day": today}
+    statement = product.get("/reports/savings", **where)
     assert statement["baseline_name"]
-    assert statement["lake_release_id"] > 0
-    again = report()
-    assert again == statement
+    assert statement["lake_release_ids"]
+    assert {cluster["cluster_name"] for cluster in statement["clusters"]} == {
+        cluster["cluster_name"] for cluster in customer["clusters"]
+    }
+    assert product.get("/reports/savings", **where) == statement
 
 
 def test_the_cost_moves_on_by_itself(product: Product) -> None:
@@ -252,3 +255,46 @@ def _backfill(product: Product, days: list[date], region: str) -> None:
         return f"{found['status']} {[run['status'] for run in found['runs']]}"
 
     assert product.until("the backfill", status) == "COMPLETED_SUCCESS ['SUCCESS']"
+
+
+_REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "cloudoptim"}
+
+
+def _tested_schedule(product: Product, name: str, moment: datetime) -> dict[str, Any]:
+    """The one run that a schedule asks for at a moment: what Dagster's UI calls "Preview tick result"."""
+    tick = product.dagster(
+        "mutation($s: ScheduleSelector!, $t: Float) { scheduleDryRun(selectorData: $s, timestamp: $t) {"
+        " __typename ... on DryRunInstigationTick { evaluationResult {"
+        " runRequests { tags { key value } } skipReason error { message } } } ... on PythonError { message } } }",
+        {"s": _REPOSITORY | {"scheduleName": name}, "t": moment.timestamp()},
+    )["scheduleDryRun"]
+    assert tick["__typename"] == "DryRunInstigationTick", tick
+    result = tick["evaluationResult"]
+    assert result["runRequests"], result
+    (run_request,) = result["runRequests"]
+    return run_request
+
+
+def _launched(product: Product, job_name: str, tags: list[dict[str, str]]) -> str:
+    """Launch a job with the tags of a run request, as the UI does, and wait for its end; returns the run's status."""
+    pairs = [{"key": tag["key"], "value": tag["value"]} for tag in tags]
+    launched = product.dagster(
+        "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
+        " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
+        {
+            "p": {
+                "selector": _REPOSITORY | {"jobName": job_name},
+                "runConfigData": {},
+                "executionMetadata": {"tags": pairs},
+            }
+        },
+    )["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+
+    def status() -> str | None:
+        found = product.dagster(
+            "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", {"id": launched["run"]["runId"]}
+        )["runOrError"]["status"]
+        return found if found in ("SUCCESS", "FAILURE", "CANCELED") else None
+
+    return product.until("the run", status)

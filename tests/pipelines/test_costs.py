@@ -11,7 +11,7 @@ import pytest
 
 from cloudoptim_pipelines.defs.savings.statements import Period, recompute, write_statements
 from tests.pipelines.conftest import NOW, Tenant, World, add_nodes, add_tenant, at, hourly, price
-from warehouse.postgres.models import Interruption, LaunchAttempt, LaunchBatch, LaunchIntent, new_id
+from warehouse.postgres.models import Interruption, LaunchAttempt, LaunchBatch, LaunchIntent, PartitionCoverage, new_id
 
 COSTS = ["node_hours", "node_cost_hourly", "cluster_cost_hourly"]
 ON_DEMAND = {"m5.large": 0.096, "c5.large": 0.085}
@@ -146,6 +146,43 @@ def test_the_running_hour_is_not_complete_and_a_silent_node_is_not_counted_on(wo
         (r["ts"].hour, r["node_minutes"], r["complete"]) for r in rows if r["cluster_id"] == str(other.cluster_id)
     ]
     assert silent == [(8, 60, True), (9, 15, False)]
+
+
+def test_no_hour_is_complete_before_its_cluster_was_connected(world: World, serve) -> None:
+    """A node is older than our first look at it: what it cost before is known, what we saved then is nothing."""
+    feed(world, serve)
+    tenant = add_tenant(world, created_at=at(18, 12, 57))
+    add_nodes(world, tenant.node(1, "m5.large", at(18, 11), at(18, 15)))
+    world.run([*COSTS, "interruptions", "savings_daily"], "2026-11-18")
+    rows = world.query("SELECT ts, actual_usd, complete FROM cluster_cost_hourly ORDER BY ts")
+    assert [(r["ts"].hour, r["complete"]) for r in rows] == [(11, False), (12, False), (13, True), (14, True)]
+    (saved,) = world.query("SELECT hours_covered, actual_usd FROM savings_daily WHERE baseline = 'b1_list'")
+    assert (saved["hours_covered"], saved["actual_usd"]) == (2, rows[2]["actual_usd"] + rows[3]["actual_usd"])
+
+
+def test_no_hour_is_complete_before_the_agents_first_metrics(world: World, serve) -> None:
+    feed(world, serve)
+    tenant = add_tenant(world, created_at=at(18, 10))
+    add_nodes(world, tenant.node(1, "m5.large", at(18, 11), at(18, 15)))
+    rows = [
+        {
+            "table_name": "metric_5m",
+            "partition_key": day,
+            "series": str(tenant.cluster_id),
+            "customer_id": tenant.customer_id,
+            "covered_from": start,
+            "covered_until": start + 24 * HOUR,
+            "expected_points": 288,
+            "present_points": 0,
+            "detail": {"expected": [0, 288], "present": present},
+            "run_id": "",
+        }
+        for day, start, present in [("2026-11-18", at(18), "146-287"), ("2026-11-19", at(19), "0-287")]
+    ]
+    world.insert(PartitionCoverage, *rows)
+    world.run(COSTS, "2026-11-18")
+    found = world.query("SELECT ts, complete FROM cluster_cost_hourly ORDER BY ts")
+    assert [(r["ts"].hour, r["complete"]) for r in found] == [(11, False), (12, False), (13, True), (14, True)]
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])

@@ -1,7 +1,7 @@
 """Cost of every node and cluster and hour, computed in the lake from node hours and prices as of the hour."""
 
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -11,10 +11,11 @@ from sqlalchemy import text
 
 from cloudoptim_pipelines.coverage import partition_locks
 from cloudoptim_pipelines.defs.costs.nodes import read_nodes, run_times
+from cloudoptim_pipelines.defs.metrics import windows
 from cloudoptim_pipelines.defs.on_demand_prices.assets import on_demand_prices
 from cloudoptim_pipelines.defs.spot_prices.assets import spot_prices
 from cloudoptim_pipelines.models import stage
-from cloudoptim_pipelines.partitions import DayRange, by_day, days_of
+from cloudoptim_pipelines.partitions import DayRange, by_day, day_start, days_of
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
 from warehouse.lake.query import Snapshot
@@ -122,10 +123,30 @@ _GAPS = text(
 )
 
 
+# A cluster's own creation, and the first day that has metrics of it with the windows there are.
+_CONNECTED = text(
+    """
+    SELECT DISTINCT ON (c.id) c.id::text AS cluster_id, c.created_at, p.partition_key, p.detail ->> 'present' AS present
+    FROM clusters c
+    LEFT JOIN partition_coverage p
+        ON p.table_name = 'metric_5m' AND p.series = c.id::text AND p.detail ->> 'present' <> ''
+    ORDER BY c.id, p.partition_key
+    """
+)
+
+
 def _agent_gaps(warehouse: Warehouse, days: DayRange, now: datetime) -> Mapping[str, pa.Table]:
-    """When agents were away: known gaps of their metrics, and nodes that are silent now."""
+    """When agents were away: before their first metrics, known gaps since, and nodes that are silent now."""
     with warehouse.database.system() as connection:
         gaps = [tuple(row) for row in connection.execute(_GAPS, {"start": days.start, "end": days.end})]
+        for row in connection.execute(_CONNECTED):
+            connected_at = row.created_at
+            if row.present:
+                first = windows.decode(row.present)[0]
+                day = day_start(date.fromisoformat(row.partition_key))
+                connected_at = max(connected_at, day + first * windows.WINDOW)
+            if connected_at > days.start:
+                gaps.append((row.cluster_id, days.start, min(connected_at, days.end)))
         nodes = run_times(read_nodes(connection, days.start, days.end), now)
     gaps += [(row["cluster_id"], row["run_until"], now) for row in nodes.filter("silent").iter_rows(named=True)]
     time = pl.Datetime("us", "UTC")
