@@ -220,7 +220,7 @@ def timelines(
 
 def stacked_nodes(data: ColumnDataSource, *, height: int = 220) -> figure:
     """Nodes over time, Spot below on-demand; ``data`` has ``ts``, ``end``, ``spot``, ``on_demand``, ``total``."""
-    plot = time_figure(height=height, number_format="0")
+    plot = time_figure(height=height, number_format="0,0.[0]")
     plot.y_range = DataRange1d(start=0, range_padding=0.12)
     edges: dict[str, Any] = {"left": "ts", "right": "end", "source": data, "line_alpha": 0, "fill_alpha": 0.85}
     plot.quad(bottom=0, top="spot", color=SPOT, **edges)
@@ -312,10 +312,11 @@ def calendar(data: ColumnDataSource, tables: Sequence[str], *, first_ms: float, 
     return plot
 
 
-def savings_bars(data: ColumnDataSource, *, height: int = 280) -> figure:
-    """Net savings of each day, negative ones below the line. Columns: ``left``, ``right``, ``day``, ``net``,
-    ``baseline``, ``actual``, ``gross``, ``coverage``, ``color``, ``alpha``, ``state``."""
+def savings_bars(data: ColumnDataSource, span: Range1d, *, height: int = 280) -> figure:
+    """Net savings of each day of a span of time, negative ones below the line. Columns: ``left``, ``right``, ``day``,
+    ``net``, ``baseline``, ``actual``, ``gross``, ``coverage``, ``color``, ``alpha``, ``state``."""
     plot = time_figure(height=height)
+    plot.x_range = span
     plot.add_layout(Span(location=0, dimension="width", line_color=BASELINE, line_alpha=0.7, line_width=1))
     bars = plot.quad(
         left="left", right="right", bottom=0, top="net", source=data, color="color", fill_alpha="alpha", line_alpha=0

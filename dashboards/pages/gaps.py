@@ -24,7 +24,7 @@ log = logging.getLogger("cloudoptim.dashboards")
 
 LOOKBACKS = {"14 days": 14, "30 days": 30, "90 days": 90, "1 year": 366}
 ALL = "All tables"
-TABLES = {"Spot prices": "spot_prices", "Metrics, 5 minutes": "metric_5m"}
+TABLES = {"Spot prices": "spot_prices", "On-demand prices": "on_demand_prices", "Metrics, 5 minutes": "metric_5m"}
 NAMES = {table: name for name, table in TABLES.items()}
 TABLE_ROWS = 100
 DAY_MS = 24 * plots.HOUR_MS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import panel_material_ui as pmui
 import param
 import pyarrow as pa
+from bokeh.models import Range1d
 from markupsafe import Markup
 
 from dashboards import components as ui
@@ -67,10 +68,12 @@ def build(view: View) -> Any:
         }
     )
 
+    # The whole month, however few of its days are known.
+    span = Range1d()
     chart = ui.stack()
 
     def drawn() -> Any:
-        return plots.pane(plots.savings_bars(days))
+        return plots.pane(plots.savings_bars(days, span))
 
     def refresh(*_: Any) -> None:
         first, last = month_days(chosen.month)
@@ -81,6 +84,8 @@ def build(view: View) -> Any:
         ui.put(links, ui.downloads("savings", {"month": chosen.month}))
         ui.put(files, report_links(chosen.month))
         plots.replace(days, bar_columns(rows))
+        start, end = plots.milliseconds([datetime.combine(day, time(), UTC) for day in (first, last)])
+        span.update(start=start - DAY_MS / 2, end=end + DAY_MS / 2)
         ui.swap(chart, "chart" if rows else "nothing", drawn if rows else nothing_computed)
 
     refresh()
