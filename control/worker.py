@@ -1,7 +1,7 @@
 """The worker process: intake, launches, reconcilers, outbox and bus consumers. Any number may run; none leads.
 
 Everything it does is read from tables and committed before it acts, so it may be killed at any moment. SIGTERM ends
-it cleanly: no new work, calls under way are finished, leases are short enough to be taken over.
+it cleanly: no new work, what was received is taken in, calls under way are finished, leases are given back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from control.interruptions import closing, metrics
 from control.interruptions.consumers import handlers
 from control.interruptions.intake import Intake
 from control.interruptions.launching import ROUND_SECONDS, Launcher
-from control.interruptions.reconcilers import deadlines, invariants, missed, never_ready, orphans, ready
+from control.interruptions.reconcilers import deadlines, invariants, lifecycle, missed, never_ready, orphans, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import INTERVAL_SECONDS as ENDING_SECONDS
 from control.interruptions.reconcilers.ending import Ending
@@ -93,10 +93,14 @@ class Worker:
         return [
             Loop("launches", ROUND_SECONDS, self.launcher.plan_round, bell="launches", gather_seconds=ROUND_SECONDS),
             Loop(
-                "launch_calls", launch_reconciler.INTERVAL_SECONDS, partial(launch_reconciler.run_once, self.launcher)
+                "launch_calls",
+                launch_reconciler.INTERVAL_SECONDS,
+                partial(launch_reconciler.run_once, self.launcher),
+                bell="launch_calls",
             ),
             Loop("ready", ready.INTERVAL_SECONDS, partial(ready.run_once, runtime)),
             Loop("never_ready", never_ready.INTERVAL_SECONDS, partial(never_ready.run_once, runtime)),
+            Loop("lifecycle", lifecycle.INTERVAL_SECONDS, partial(lifecycle.run_once, runtime), bell="interruptions"),
             Loop("ending", ENDING_SECONDS, Ending(self.launcher).run_once),
             Loop("orphans", orphans.LOOK_SECONDS, partial(orphans.run_once, self.launcher)),
             Loop("missed", missed.LOOK_SECONDS, partial(missed.run_once, self.launcher)),
@@ -130,6 +134,7 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.launcher.leave()
             await self._close()
         log.info("worker.stopped")
 

@@ -1,4 +1,4 @@
-"""AWS over asyncio: botocore knows the services' shapes, signatures and answers, httpx carries the bytes.
+"""AWS over asyncio: botocore knows the services' shapes, signatures and answers, aiohttp carries the bytes.
 
 boto3 has one blocking client per account and service; 200 customers' queues polled by one process would be 200
 threads. Here all accounts share the models and one connection pool, every call names its credentials, and nothing is
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 import secrets
 import time
@@ -23,10 +24,11 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 from uuid import UUID
 
+import aiohttp
 import botocore.session
-import httpx
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
@@ -34,12 +36,22 @@ from botocore.model import OperationModel, ServiceModel
 from botocore.parsers import ResponseParser, ResponseParserError, create_parser
 from botocore.regions import EndpointResolver
 from botocore.serialize import create_serializer
+from httpx import create_ssl_context
+from yarl import URL
 
 CONNECT_TIMEOUT_SECONDS = 3.0
 CALL_TIMEOUT_SECONDS = 15.0
-# Credentials live an hour and are renewed while they still work (C-15).
+# Credentials live an hour and are renewed while they still work (C-15), at a moment of each customer's own: what was
+# assumed together at the start must not come back to STS together for ever after.
 ROLE_SESSION_SECONDS = 3600
 RENEW_BEFORE_SECONDS = 300
+RENEW_SPREAD_SECONDS = 600
+# A renewal that failed is tried again this often while the old credentials live.
+RENEW_AGAIN_SECONDS = 15.0
+# AssumeRole calls under way at once: a start with a thousand customers is no reason for STS to throttle us.
+ASSUMING_AT_ONCE = 32
+# The request was turned away before anything was done with it: the same again, a little later.
+THROTTLE_CODES = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"})
 # SQS's longest wait; the read may take that long plus the network.
 LONG_POLL_SECONDS = 20
 LONG_POLL_GRACE_SECONDS = 10.0
@@ -101,10 +113,20 @@ class SqsMessage:
     receive_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """What came back; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+
 @dataclass(slots=True)
 class _Session:
     credentials: Credentials
     renew_at: float
+    ends_at: float
 
 
 class AwsGateway:
@@ -118,19 +140,29 @@ class AwsGateway:
     def __init__(self, *, endpoint_url: str = "", region: str = "us-east-1") -> None:
         self.endpoint_url, self.region = endpoint_url.rstrip("/"), region
         self._botocore = botocore.session.get_session()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=60)
-        timeout = httpx.Timeout(CALL_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS)
-        # trust_env: AWS is reached through the proxy the operator's environment names, like boto3 does.
-        self._http = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
-        # Idle long polls live in a pool of their own: httpx walks its pool on every request.
-        self._polling = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
+        self._http: aiohttp.ClientSession | None = None
+        self._closed = False
         self._sessions: dict[tuple[str, str], _Session] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._assuming = asyncio.Semaphore(ASSUMING_AT_ONCE)
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self._http.aclose()
-        await self._polling.aclose()
+        """Close all connections, for good."""
+        self._closed = True
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    def _client(self) -> aiohttp.ClientSession:
+        # Made by the first call: a session belongs to the loop it was made in.
+        if self._http is None:
+            if self._closed:
+                raise aiohttp.ClientConnectionError("the gateway is closed")
+            # A thousand idle long polls and a storm beside them: the number of connections is the callers' business.
+            # Idle ones go before AWS closes them, or a launch could be sent into the void.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=20, ssl=create_ssl_context())
+            self._http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self._http
 
     # --- identity
 
@@ -152,7 +184,8 @@ class AwsGateway:
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
     async def assume(self, role: Role) -> Credentials:
-        """Credentials of a customer's role, cached and renewed five minutes early; concurrent callers share one call.
+        """Credentials of a customer's role, cached and renewed early; concurrent callers share one call. While STS is
+        away, those that still live are used on.
 
         Raises:
             AwsError: as STS answered, or ``NoCredentials``.
@@ -165,10 +198,21 @@ class AwsGateway:
             session = self._sessions.get(key)
             if session and time.monotonic() < session.renew_at:
                 return session.credentials
-            credentials, seconds = await self.assume_role(
-                role.role_arn, external_id=role.external_id, session_name=f"cloudoptim-{role.customer_id.hex}"
-            )
-            self._sessions[key] = _Session(credentials, time.monotonic() + max(seconds - RENEW_BEFORE_SECONDS, 5))
+            try:
+                async with self._assuming:
+                    credentials, seconds = await self.assume_role(
+                        role.role_arn, external_id=role.external_id, session_name=f"cloudoptim-{role.customer_id.hex}"
+                    )
+            except AwsError as error:
+                now = time.monotonic()
+                refused = error.definite and error.code not in THROTTLE_CODES
+                if refused or session is None or now >= session.ends_at:
+                    raise
+                session.renew_at = now + RENEW_AGAIN_SECONDS
+                return session.credentials
+            early = min(RENEW_BEFORE_SECONDS + random.uniform(0, RENEW_SPREAD_SECONDS), seconds / 2)
+            now = time.monotonic()
+            self._sessions[key] = _Session(credentials, now + max(seconds - early, 5), now + seconds - 5)
             return credentials
 
     def forget(self, role: Role) -> None:
@@ -222,7 +266,7 @@ class AwsGateway:
         content = urlencode(body).encode() if isinstance(body, dict) else body
         url = self._endpoint(service, region) + request["url_path"]
         response = await self._send(
-            self._http, operation, url, content, dict(request["headers"]), model, region, credentials, timeout_seconds
+            operation, url, content, dict(request["headers"]), model, region, credentials, timeout_seconds
         )
         return _parse(operation, shape, parser, response)
 
@@ -255,7 +299,6 @@ class AwsGateway:
 
     async def _send(
         self,
-        client: httpx.AsyncClient,
         operation: str,
         url: str,
         content: bytes,
@@ -264,15 +307,28 @@ class AwsGateway:
         region: str,
         credentials: Credentials,
         timeout_seconds: float,
-    ) -> httpx.Response:
+    ) -> _Response:
         request = AWSRequest("POST", url, headers=headers, data=content)
         SigV4Auth(credentials, model.signing_name, region).add_auth(request)
-        timeout = httpx.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_TIMEOUT_SECONDS)
         try:
-            return await client.post(url, content=content, headers=dict(request.headers.items()), timeout=timeout)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            # The bytes that were signed: neither the address nor the body may be encoded again.
+            async with self._client().post(
+                URL(url, encoded=True),
+                data=content,
+                headers=dict(request.headers.items()),
+                timeout=timeout,
+                proxy=_proxy(url),
+                allow_redirects=False,
+            ) as response:
+                return _Response(
+                    response.status,
+                    {name.lower(): value for name, value in response.headers.items()},
+                    await response.read(),
+                )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise AwsError(operation, "Unreachable", f"{urlsplit(url).netloc}: {type(error).__name__}") from error
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise AwsError(operation, "Unanswered", type(error).__name__) from error
 
     def _endpoint(self, service: str, region: str) -> str:
@@ -315,7 +371,6 @@ class AwsGateway:
             },
             queue,
             credentials,
-            self._polling if wait_seconds > 1 else self._http,
             wait_seconds + LONG_POLL_GRACE_SECONDS,
         )
         return [_message(message) for message in answer.get("Messages") or []]
@@ -328,10 +383,23 @@ class AwsGateway:
             {"QueueUrl": queue.url, "Entries": entries},
             queue,
             credentials,
-            self._http,
             CALL_TIMEOUT_SECONDS,
         )
         return [str(failed.get("Code")) for failed in answer.get("Failed") or []]
+
+    async def give_back(self, queue: QueueAddress, receipt_handles: list[str], *, credentials: Credentials) -> None:
+        """Make up to ten received messages visible to other consumers at once."""
+        entries = [
+            {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
+            for index, handle in enumerate(receipt_handles)
+        ]
+        await self._sqs(
+            "ChangeMessageVisibilityBatch",
+            {"QueueUrl": queue.url, "Entries": entries},
+            queue,
+            credentials,
+            CALL_TIMEOUT_SECONDS,
+        )
 
     async def _sqs(
         self,
@@ -339,12 +407,10 @@ class AwsGateway:
         body: dict[str, Any],
         queue: QueueAddress,
         credentials: Credentials,
-        client: httpx.AsyncClient,
         timeout_seconds: float,
     ) -> dict[str, Any]:
         headers = {"Content-Type": "application/x-amz-json-1.0", "X-Amz-Target": f"AmazonSQS.{operation}"}
         response = await self._send(
-            client,
             operation,
             self._endpoint("sqs", queue.region) + "/",
             json.dumps(body).encode(),
@@ -359,12 +425,12 @@ class AwsGateway:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise AwsError(operation, "BadAnswer", f"HTTP {response.status_code}", status=response.status_code)
-        if response.status_code >= 300:
+            raise AwsError(operation, "BadAnswer", f"HTTP {response.status}", status=response.status)
+        if response.status >= 300:
             # The older, better known code travels in a header: "AWS.SimpleQueueService.NonExistentQueue;Sender".
             code = response.headers.get("x-amzn-query-error", "").split(";")[0] or str(answer.get("__type", ""))
             message = str(answer.get("message") or answer.get("Message") or "")
-            raise AwsError(operation, code.rsplit("#", 1)[-1] or "Unknown", message[:300], status=response.status_code)
+            raise AwsError(operation, code.rsplit("#", 1)[-1] or "Unknown", message[:300], status=response.status)
         return answer
 
 
@@ -386,21 +452,30 @@ def _message(message: dict[str, Any]) -> SqsMessage:
     )
 
 
-def _parse(operation: str, shape: OperationModel, parser: ResponseParser, response: httpx.Response) -> dict[str, Any]:
-    raw = {"status_code": response.status_code, "headers": dict(response.headers), "body": response.content}
+def _parse(operation: str, shape: OperationModel, parser: ResponseParser, response: _Response) -> dict[str, Any]:
+    raw = {"status_code": response.status, "headers": response.headers, "body": response.content}
     try:
         answer = parser.parse(raw, shape.output_shape)
     except ResponseParserError as unreadable:
-        raise AwsError(operation, "BadAnswer", str(unreadable)[:200], status=response.status_code) from unreadable
-    if response.status_code >= 300:
+        raise AwsError(operation, "BadAnswer", str(unreadable)[:200], status=response.status) from unreadable
+    if response.status >= 300:
         refusal = answer.get("Error", {})
         raise AwsError(
             operation,
             str(refusal.get("Code") or "Unknown"),
             str(refusal.get("Message") or "")[:500],
-            status=response.status_code,
+            status=response.status,
         )
     return answer
+
+
+@lru_cache(maxsize=512)
+def _proxy(url: str) -> str | None:
+    """The proxy the operator's environment names for an address, like boto3 takes it."""
+    parts = urlsplit(url)
+    if parts.hostname is None or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 @lru_cache(maxsize=16)

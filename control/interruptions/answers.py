@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from control.gateways.aws import AwsError
+from control.gateways.aws import THROTTLE_CODES, AwsError
 
 
 class Meaning(StrEnum):
@@ -53,8 +53,6 @@ DENIED_CODES = frozenset(
         "NoCredentials",
     }
 )
-# The request was turned away before anything was done with it: the same token, a little later.
-THROTTLE_CODES = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"})
 # Credentials ended between planning and calling (C-15).
 EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired"})
 # Refusals that say something about the pool's capacity, for its standing.

@@ -105,6 +105,18 @@ def choose(wanted: Wanted, market: Market, limits: Limits, tried: Sequence[Pool]
     return _on_demand(wanted, market, limits, zones, used) or "every allowed pool was tried"
 
 
+def choose_only(
+    wanted: Wanted, instance_type: str, zone: str, market: Market, limits: Limits, tried: Sequence[Pool]
+) -> Choice | str:
+    """That one Spot pool, once, as long as its standing and price allow it; or the reason why not."""
+    if tried:
+        return "the plan's pool refused; nothing else is tried"
+    if zone not in market.zones:
+        return f"the cluster has no subnet in {zone}"
+    pool = _spot_pool(wanted, instance_type, zone, market, limits, price_needed=True)
+    return Choice(pool, "the plan's pool") if pool else f"{instance_type} in {zone} is too dear or did badly meanwhile"
+
+
 def _same_type(
     wanted: Wanted,
     market: Market,

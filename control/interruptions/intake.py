@@ -20,7 +20,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from control.gateways.aws import RECEIVE_BATCH, AwsError, QueueAddress, Role, SqsMessage
+from control.gateways.aws import RECEIVE_BATCH, THROTTLE_CODES, AwsError, QueueAddress, Role, SqsMessage
 from control.interruptions import answers, intake_repository, metrics
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Facts, Received, UnknownCustomer, ingest
@@ -38,9 +38,14 @@ MAX_BUFFERED = 400
 COMMIT_LIMIT = 200
 # A broken queue is asked again after 1 s, then later and later, at most every minute (Q-20).
 BACKOFF_SECONDS = (1.0, 60.0)
-# What may be over by itself is told to the customer only after this long; a refusal at once.
-DEGRADED_AFTER_SECONDS = 30.0
+# What may be over by itself is told to the customer only after this long; a refusal at once. An idle long poll answers
+# every 20 s, so a queue that said nothing for twice as long is not read, and is told of within the minute.
+DEGRADED_AFTER_SECONDS = 40.0
 HEALTHY_SECONDS = 30.0
+# Leaving: a receive that found messages answers at once, an idle long poll is cut off after this long.
+CUT_SECONDS = 0.2
+# What was received is committed and deleted within this long, or given back (the worker has 3 s for it).
+CLOSE_SECONDS = 2.0
 # While Postgres is away: first success within 5 s of its return.
 DATABASE_BACKOFF_SECONDS = (0.2, 2.0)
 
@@ -54,14 +59,37 @@ class Source:
     role: Role
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What is wrong with a queue and how a person mends it; ``lasting``: it stays so until somebody does."""
+
+    reason: str
+    remedy: str
+    lasting: bool = True
+
+
 @dataclass(slots=True)
 class Health:
-    """What the last calls to a queue said."""
+    """What the last calls to a queue said. Receiving and deleting are judged apart: a role may lack either right."""
 
-    ok: bool = True
-    failing_since: float | None = None
-    told: str | None = None
-    last_ok: float = 0.0
+    heard_at: float
+    receiving: Trouble | None = None
+    deleting: Trouble | None = None
+    answered: bool = False
+    told: Trouble | None = None
+
+    def trouble(self, now: float) -> Trouble | None:
+        """What the customer should be told by now, or None."""
+        silent_seconds = now - self.heard_at
+        if self.receiving and (self.receiving.lasting or silent_seconds > DEGRADED_AFTER_SECONDS):
+            return self.receiving
+        if silent_seconds > DEGRADED_AFTER_SECONDS:
+            return Trouble(
+                f"ReceiveMessage: no answer for more than {DEGRADED_AFTER_SECONDS:.0f} s",
+                "check that the server reaches AWS in the queue's region; it is tried again with growing pauses",
+                lasting=False,
+            )
+        return self.deleting
 
 
 class Intake:
@@ -103,25 +131,35 @@ class Intake:
         for customer_id, source in wanted.items():
             if customer_id not in self.readers:
                 self.readers[customer_id] = QueueReader(self.runtime, self.facts, source)
-        states = [reader.health.ok for reader in self.readers.values()]
-        metrics.QUEUES.labels("ok").set(sum(states))
-        metrics.QUEUES.labels("degraded").set(len(states) - sum(states))
-        metrics.RECEIVERS.set(sum(reader.receivers for reader in self.readers.values()))
-        await self._write_healthy()
+        await self._tell()
 
-    async def _write_healthy(self) -> None:
-        due = [
+    async def _tell(self) -> None:
+        """Write down which queues work and which do not, whatever their readers are waiting for."""
+        now = time.monotonic()
+        troubles = {reader: reader.trouble(now) for reader in self.readers.values()}
+        degraded = sum(trouble is not None for trouble in troubles.values())
+        metrics.QUEUES.labels("ok").set(len(troubles) - degraded)
+        metrics.QUEUES.labels("degraded").set(degraded)
+        metrics.RECEIVERS.set(sum(reader.receivers for reader in self.readers.values()))
+        for reader, trouble in troubles.items():
+            if trouble is not None:
+                await reader.tell(trouble)
+        well = [
             reader
-            for reader in self.readers.values()
-            if reader.health.ok and reader.health.last_ok and time.monotonic() - reader.written > HEALTHY_SECONDS
+            for reader, trouble in troubles.items()
+            if trouble is None
+            and reader.health.answered
+            and (reader.health.told is not None or now - reader.written > HEALTHY_SECONDS)
         ]
-        if not due:
+        if not well:
             return
         async with self.runtime.db.system() as conn:
-            ids = [reader.source.customer_id for reader in due]
+            ids = [reader.source.customer_id for reader in well]
             await intake_repository.mark_healthy(conn, ids, detector="sqs")
-        for reader in due:
-            reader.written = time.monotonic()
+        for reader in well:
+            if reader.health.told is not None:
+                log.info("intake.recovered", customer_id=str(reader.source.customer_id))
+            reader.written, reader.health.told = now, None
 
 
 class QueueReader:
@@ -129,7 +167,7 @@ class QueueReader:
 
     def __init__(self, runtime: Runtime, facts: Facts, source: Source) -> None:
         self.runtime, self.facts, self.source = runtime, facts, source
-        self.health = Health()
+        self.health = Health(heard_at=time.monotonic())
         self.written = 0.0
         self.receivers = 0
         self._queue: QueueAddress | None = None
@@ -137,20 +175,42 @@ class QueueReader:
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._start(self._poll())
-        self._start(self._commit())
+        self._closing = False
+        self._taking: list[SqsMessage] = []
+        self._receiving: set[asyncio.Task[None]] = set()
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._start(self._poll(), self._receiving)
+        self._start(self._commit(), self._finishing)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]) -> None:
         task = asyncio.create_task(work, name=f"queue {self.source.customer_id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        group.add(task)
+        task.add_done_callback(group.discard)
 
     async def close(self) -> None:
-        """Stop at once. What was received and not committed comes back after its visibility timeout."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Receive no more, commit and delete what was received, and give back what could not be: others get it at
+        once, not after its visibility timeout."""
+        self._closing = True
+        await _end(self._receiving, CUT_SECONDS)
+        # Wakes the committer, which leaves when nothing is left.
+        self._filled.set()
+        await _end(self._finishing, CLOSE_SECONDS)
+        await self._give_back([*self._taking, *self._buffer])
+
+    async def _give_back(self, messages: list[SqsMessage]) -> None:
+        if not messages or self._queue is None:
+            return
+        handles = [message.receipt_handle for message in messages]
+        try:
+            async with asyncio.timeout(CUT_SECONDS * 2):
+                credentials = await self.runtime.aws.assume(self.source.role)
+                for start in range(0, len(handles), RECEIVE_BATCH):
+                    await self.runtime.aws.give_back(
+                        self._queue, handles[start : start + RECEIVE_BATCH], credentials=credentials
+                    )
+        except (AwsError, TimeoutError) as error:
+            # They come back by themselves when their visibility timeout is over.
+            log.info("intake.not_given_back", customer_id=str(self.source.customer_id), error=str(error)[:200])
 
     # --- receiving
 
@@ -158,15 +218,15 @@ class QueueReader:
         """The one receiver that is always there."""
         self.receivers += 1
         delay = BACKOFF_SECONDS[0]
-        while True:
+        while not self._closing:
             try:
                 await self._room.wait()
                 full = await self._receive(long=True)
                 delay = BACKOFF_SECONDS[0]
-                await self._is_ok()
-                while full and self.receivers < MAX_RECEIVERS:
+                self.health.receiving, self.health.answered = None, True
+                while full and self.receivers < MAX_RECEIVERS and not self._closing:
                     self.receivers += 1
-                    self._start(self._help())
+                    self._start(self._help(), self._receiving)
             except (AwsError, ValueError) as error:
                 await self._failed(error)
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
@@ -175,7 +235,7 @@ class QueueReader:
     async def _help(self) -> None:
         """A receiver for a storm; ends when the queue is not full any more, or when anything fails."""
         try:
-            while await self._receive(long=False):
+            while not self._closing and await self._receive(long=False):
                 await self._room.wait()
         except (AwsError, ValueError) as error:
             log.info("intake.helper_ended", customer_id=str(self.source.customer_id), error=str(error)[:200])
@@ -197,6 +257,7 @@ class QueueReader:
             if error.code in answers.EXPIRED_CODES | {"InvalidClientTokenId", "AccessDenied", "AccessDeniedException"}:
                 self.runtime.aws.forget(self.source.role)
             raise
+        self.health.heard_at = time.monotonic()
         if messages:
             self._buffer.extend(messages)
             self._filled.set()
@@ -210,12 +271,16 @@ class QueueReader:
         delay = DATABASE_BACKOFF_SECONDS[0]
         while True:
             await self._filled.wait()
+            if self._closing and not self._buffer:
+                return
             batch = [self._buffer.popleft() for _ in range(min(len(self._buffer), COMMIT_LIMIT))]
-            if not self._buffer:
+            self._taking = batch
+            if not self._buffer and not self._closing:
                 self._filled.clear()
             while True:
                 try:
                     await self._take_in(batch)
+                    self._taking = []
                     delay = DATABASE_BACKOFF_SECONDS[0]
                     break
                 except UnknownCustomer:
@@ -239,10 +304,10 @@ class QueueReader:
                 Received(message.body, EventSource.SQS, message.message_id, message.sent_at, message.receive_count)
                 for message in batch
             ],
-            queue_regions=(self._queue.region,),
+            queue_region=self._queue.region,
         )
         # Only now, after the commit.
-        self._start(self._delete([message.receipt_handle for message in batch]))
+        self._start(self._delete([message.receipt_handle for message in batch]), self._finishing)
         await done.ring(self.runtime.bells)
 
     async def _delete(self, handles: list[str]) -> None:
@@ -258,72 +323,90 @@ class QueueReader:
                 )
             )
             undeleted = [code for codes in failed for code in codes]
+            self.health.deleting = None
         except AwsError as error:
             undeleted = [error.code]
+            trouble = explain(error)
+            # Only the right to delete has to be mended by a person.
+            self.health.deleting = trouble if trouble.lasting else self.health.deleting
         if undeleted:
-            # They come again and are recognised; only the right to delete has to be mended by a person.
+            # They come again and are recognised.
             metrics.UNDELETED.inc(len(undeleted))
             log.warning("intake.not_deleted", customer_id=str(self.source.customer_id), codes=sorted(set(undeleted)))
 
     # --- health
 
-    async def _is_ok(self) -> None:
-        self.health.last_ok = time.monotonic()
-        if not self.health.ok:
-            log.info("intake.recovered", customer_id=str(self.source.customer_id))
-            self.written = 0.0
-        self.health.ok, self.health.failing_since, self.health.told = True, None, None
+    def trouble(self, now: float) -> Trouble | None:
+        """What is wrong with this queue, or None. While our own database keeps us from reading, AWS is not to blame."""
+        if not self._room.is_set():
+            self.health.heard_at = now
+        return self.health.trouble(now)
 
     async def _failed(self, error: AwsError | ValueError) -> None:
-        now = time.monotonic()
-        self.health.failing_since = self.health.failing_since or now
-        reason, remedy, lasting = explain(error)
-        if not lasting and now - self.health.failing_since < DEGRADED_AFTER_SECONDS:
+        self.health.receiving = explain(error)
+        trouble = self.health.trouble(time.monotonic())
+        if trouble is not None:
+            await self.tell(trouble)
+
+    async def tell(self, trouble: Trouble) -> None:
+        """Mark the customer degraded, once per reason."""
+        if self.health.told is not None and self.health.told.reason == trouble.reason:
             return
-        self.health.ok = False
-        if self.health.told == reason:
-            return
-        log.warning("intake.degraded", customer_id=str(self.source.customer_id), reason=reason)
+        log.warning("intake.degraded", customer_id=str(self.source.customer_id), reason=trouble.reason)
         try:
             async with self.runtime.db.system() as conn:
                 await intake_repository.mark_degraded(
-                    conn, self.source.customer_id, detector="sqs", reason=reason, remedy=remedy
+                    conn, self.source.customer_id, detector="sqs", reason=trouble.reason, remedy=trouble.remedy
                 )
-            self.health.told = reason
-        except (SQLAlchemyError, OSError) as trouble:
-            log.warning("intake.health_not_written", error=type(trouble).__name__)
+            self.health.told = trouble
+        except (SQLAlchemyError, OSError) as away:
+            log.warning("intake.health_not_written", error=type(away).__name__)
 
 
-def explain(error: AwsError | ValueError) -> tuple[str, str, bool]:
+def explain(error: AwsError | ValueError) -> Trouble:
     """What is wrong with a queue, how to mend it, and whether it will stay so until somebody does."""
     if isinstance(error, ValueError):
-        return str(error), "correct the customer's sqs_queue_url", True
+        return Trouble(str(error), "correct the customer's sqs_queue_url")
     reason = f"{error.operation}: {error.code}: {error.message}"[:500]
     code = error.code
     if code == "NoCredentials":
-        return reason, "give the server AWS credentials of its own and restart it", True
+        return Trouble(reason, "give the server AWS credentials of its own and restart it")
     if error.operation == "AssumeRole" and code in answers.DENIED_CODES:
-        return (
+        return Trouble(
             reason,
             "let the role's trust policy name this server's account and the customer's external id "
             "(POST /api/v1/customers/{id}/verify shows both)",
-            True,
         )
     if "NonExistentQueue" in code or code == "QueueDoesNotExist":
-        return reason, "create the queue in that account and region, or correct the customer's sqs_queue_url", True
+        return Trouble(reason, "create the queue in that account and region, or correct the customer's sqs_queue_url")
     if code.startswith("KMS"):
-        return reason, "let the role use kms:Decrypt on the key the queue is encrypted with", True
+        return Trouble(reason, "let the role use kms:Decrypt on the key the queue is encrypted with")
+    if code in ("InvalidClientTokenId", "UnrecognizedClientException", "OptInRequired"):
+        return Trouble(
+            reason, "enable the queue's region in the customer's account, or correct the customer's sqs_queue_url"
+        )
     if code in answers.DENIED_CODES:
-        return (
+        return Trouble(
             reason,
             "let the role use sqs:ReceiveMessage and sqs:DeleteMessage on the queue; check the queue's own policy too",
-            True,
         )
     if code in ("UnknownRegion", "InvalidAddress", "InvalidSecurity"):
-        return reason, "correct the region in the customer's sqs_queue_url", True
-    if code in answers.THROTTLE_CODES:
-        return reason, "AWS throttles the account; it is tried again with growing pauses", False
-    return reason, "AWS cannot be reached or fails; it is tried again with growing pauses", False
+        return Trouble(reason, "correct the region in the customer's sqs_queue_url")
+    if code in THROTTLE_CODES:
+        return Trouble(reason, "AWS throttles the account; it is tried again with growing pauses", lasting=False)
+    return Trouble(reason, "AWS cannot be reached or fails; it is tried again with growing pauses", lasting=False)
+
+
+async def _end(tasks: set[asyncio.Task[None]], seconds: float) -> None:
+    """Let tasks end, and those they start; cancel what is left after ``seconds``."""
+    ends = time.monotonic() + seconds
+    while tasks and (left := ends - time.monotonic()) > 0:
+        await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        # Done callbacks take the tasks out of the group.
+        await asyncio.sleep(0)
+    for task in list(tasks):
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _sleep(stop: asyncio.Event, seconds: float) -> None:

@@ -332,8 +332,6 @@ class ClusterFacts:
     account_id: str | None
     config: dict[str, Any]
     recent_replacements_interrupted: int
-    launches_last_hour: int
-    spend_last_hour_usd: float
 
 
 _CLUSTERS = text("""
@@ -345,13 +343,8 @@ _CLUSTERS = text("""
            (SELECT count(*) FROM interruptions n JOIN launch_attempts a
                 ON a.customer_id = n.customer_id AND a.instance_id = n.instance_id
             WHERE n.customer_id = c.customer_id AND n.cluster_id = c.id
-              AND n.received_at > now() - interval '10 minutes') AS recent_replacements_interrupted,
-           coalesce(l.launches, 0) AS launches_last_hour, coalesce(l.spend, 0) AS spend_last_hour_usd
+              AND n.received_at > now() - interval '10 minutes') AS recent_replacements_interrupted
     FROM clusters c JOIN customers m ON m.id = c.customer_id
-    LEFT JOIN LATERAL (
-        SELECT count(*) AS launches, sum(a.price_usd_per_hour) AS spend FROM launch_attempts a
-        WHERE a.customer_id = m.id AND a.created_at > now() - interval '1 hour' AND a.instance_id IS NOT NULL
-    ) l ON true
     WHERE c.id = ANY(:ids)
 """)
 
@@ -360,6 +353,52 @@ async def cluster_facts(conn: AsyncConnection, cluster_ids: Sequence[UUID]) -> d
     """Facts of clusters, by id."""
     result = await conn.execute(_CLUSTERS, {"ids": list(cluster_ids)})
     return {row.cluster_id: ClusterFacts(**row._mapping) for row in result}
+
+
+_LOCK_LAUNCHES = text("SELECT pg_advisory_xact_lock(hashtextextended('cloudoptim.launches:' || :customer_id, 0))")
+
+
+async def lock_launches(conn: AsyncConnection, customer_id: UUID) -> None:
+    """Nobody else commits launches of this customer until this transaction ends."""
+    await conn.execute(_LOCK_LAUNCHES, {"customer_id": str(customer_id)})
+
+
+@dataclass(frozen=True, slots=True)
+class RecentLaunches:
+    """A customer's launches of the last hour, unanswered ones included, and the pace of its calls."""
+
+    launches_last_hour: int
+    spend_last_hour_usd: float
+    calls_last_minute: int
+    seconds_since_last_call: float | None
+
+
+_RECENT = text("""
+    WITH known AS (
+        SELECT count(*) AS launches, coalesce(sum(price_usd_per_hour), 0) AS usd FROM launch_attempts
+        WHERE customer_id = :customer_id AND created_at > now() - interval '1 hour' AND instance_id IS NOT NULL
+    ), unanswered AS (
+        SELECT count(*) AS launches, coalesce(sum(a.price_usd_per_hour), 0) AS usd
+        FROM launch_batches b JOIN launch_attempts a ON a.batch_id = b.id
+        WHERE b.customer_id = :customer_id AND b.state IN ('calling', 'unknown') AND a.instance_id IS NULL
+          AND a.state IN ('calling', 'unknown')
+    ), calls AS (
+        SELECT count(*) FILTER (WHERE region = :region) AS calls,
+               CAST(extract(epoch FROM now() - max(created_at) FILTER (WHERE cluster_id = :cluster_id))
+                    AS double precision) AS seconds
+        FROM launch_batches WHERE customer_id = :customer_id AND created_at > now() - interval '1 minute'
+    )
+    SELECT known.launches + unanswered.launches AS launches_last_hour,
+           CAST(known.usd + unanswered.usd AS double precision) AS spend_last_hour_usd,
+           calls.calls AS calls_last_minute, calls.seconds AS seconds_since_last_call
+    FROM known, unanswered, calls
+""")
+
+
+async def recent_launches(conn: AsyncConnection, customer_id: UUID, region: str, cluster_id: UUID) -> RecentLaunches:
+    """What a customer launched lately, for its caps; and how fast this cluster's account is calling."""
+    values = {"customer_id": customer_id, "region": region, "cluster_id": cluster_id}
+    return RecentLaunches(**(await conn.execute(_RECENT, values)).one()._mapping)
 
 
 _TYPES = text("""
@@ -389,12 +428,12 @@ async def prices(
 
 
 async def standings(conn: AsyncConnection, customer_id: UUID, region: str) -> dict[tuple[str, str], float]:
-    """A customer's pools that did badly, by (zone, type), decayed to now."""
+    """A customer's pools that did badly, by (zone, type), decayed to now; a whole zone under ``pools.ZONE``."""
     result = await conn.execute(
         _STANDINGS,
         {"customer_id": customer_id, "region": region, "half_life_seconds": pools.HALF_LIFE_SECONDS},
     )
-    return {(row.availability_zone, row.instance_type): row.penalty for row in result}
+    return pools.with_zones({(row.availability_zone, row.instance_type): row.penalty for row in result})
 
 
 # --- templates

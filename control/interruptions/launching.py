@@ -26,9 +26,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control.gateways.aws import AwsError, Credentials, Role, client_token
 from control.interruptions import answers, launch_repository, metrics, pools, repository
 from control.interruptions.answers import Meaning, Reading
-from control.interruptions.choosing import Limits, Market, Pool, TypeFacts, Wanted, choose
+from control.interruptions.caps import Caps
+from control.interruptions.choosing import Choice, Limits, Market, Pool, TypeFacts, Wanted, choose, choose_only
 from control.interruptions.launch_repository import AttemptRow, BatchRow, ClusterFacts, IntentRow
-from control.interruptions.policies import DEFAULT_LAUNCHES_PER_HOUR
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import (
     Abandoned,
@@ -79,6 +79,11 @@ TEMPLATE_SECONDS = 10.0
 NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launched"
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
+# What a cap holds back is looked at again this often; an hour's window moves on by itself.
+CAPPED_SECONDS = 30.0
+# From so many calls of an account in a region within a minute on, a cluster's intents are gathered for longer: EC2
+# refills its bucket of launches with two a second, and a call for ten slots takes no more of it than one for one.
+STORM_CALLS = ((60, 20.0), (16, 8.0))
 MARKET_SECONDS = 30.0
 
 
@@ -97,11 +102,15 @@ class Launcher:
         self.runtime = runtime
         self._markets: dict[str, tuple[float, dict[str, TypeFacts], dict[tuple[str, str], float]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
+        self._plans: set[asyncio.Task[None]] = set()
 
     # --- planning
 
     async def plan_round(self) -> int:
-        """Claim intents, commit batches for them and start their calls; returns how many intents were claimed."""
+        """Claim intents, commit batches for them and start their calls; returns how many intents were claimed.
+
+        An account whose EC2 answers slowly, or not at all, is planned on in the background: the others do not wait.
+        """
         async with self.runtime.db.system() as conn:
             intents = await launch_repository.claim_intents(conn, worker=self.runtime.worker, limit=CLAIM_LIMIT)
             if not intents:
@@ -110,12 +119,25 @@ class Launcher:
         by_cluster: dict[UUID, list[IntentRow]] = defaultdict(list)
         for intent in intents:
             by_cluster[intent.cluster_id].append(intent)
-        ids = [intent.id for intent in intents]
-        async with self._heartbeat(partial(launch_repository.keep_intents, ids=ids, worker=self.runtime.worker)):
-            await asyncio.gather(
-                *(self._plan_cluster(clusters[cluster_id], group) for cluster_id, group in by_cluster.items())
-            )
+        plans = {
+            asyncio.create_task(self._plan(clusters[cluster_id], group), name=f"plan {cluster_id}")
+            for cluster_id, group in by_cluster.items()
+        }
+        self._plans |= plans
+        for plan in plans:
+            plan.add_done_callback(self._plans.discard)
+        await asyncio.wait(plans, timeout=ROUND_SECONDS)
         return len(intents)
+
+    async def _plan(self, cluster: ClusterFacts, intents: list[IntentRow]) -> None:
+        ids = [intent.id for intent in intents]
+        try:
+            async with self._heartbeat(partial(launch_repository.keep_intents, ids=ids, worker=self.runtime.worker)):
+                await self._plan_cluster(cluster, intents)
+        except Exception as error:
+            # The intents keep their lease and are planned again, by anybody, when it ends.
+            metrics.LOOP_FAILURES.labels("launch_plan", type(error).__name__).inc()
+            log.warning("launch.plan_failed", cluster_id=str(cluster.cluster_id), error=str(error)[:300])
 
     @asynccontextmanager
     async def _heartbeat(self, keep: Callable[[AsyncConnection], Awaitable[bool]]) -> AsyncIterator[None]:
@@ -142,15 +164,6 @@ class Launcher:
             async with self.runtime.db.system() as conn:
                 await launch_repository.postpone_intents(
                     conn, ids, worker=self.runtime.worker, seconds=STOPPED_SECONDS, reason="the kill switch is on"
-                )
-            return
-        over_cap = _over_cap(cluster, len(intents))
-        if over_cap:
-            metrics.ALARMS.labels("launch_cap").inc()
-            log.error("launch.capped", customer_id=str(cluster.customer_id), reason=over_cap)
-            async with self.runtime.db.system() as conn:
-                await launch_repository.postpone_intents(
-                    conn, ids, worker=self.runtime.worker, seconds=30.0, reason=over_cap
                 )
             return
         if cluster.status == "deleted" or cluster.customer_status in ("suspended", "offboarded"):
@@ -188,7 +201,20 @@ class Launcher:
     ) -> None:
         limits = _limits(cluster)
         batches: list[BatchRow] = []
+        held: dict[str, list[UUID]] = defaultdict(list)
         async with self.runtime.db.system() as conn:
+            # One at a time per customer, in any process: what a cap allows is counted and spent in one transaction.
+            await launch_repository.lock_launches(conn, cluster.customer_id)
+            recent = await launch_repository.recent_launches(
+                conn, cluster.customer_id, cluster.region, cluster.cluster_id
+            )
+            pause = storm_pause(recent.calls_last_minute, recent.seconds_since_last_call)
+            if pause > 0:
+                await launch_repository.postpone_intents(
+                    conn, [intent.id for intent in intents], worker=self.runtime.worker, seconds=pause
+                )
+                return
+            caps = Caps.of(cluster.config, recent.launches_last_hour, recent.spend_last_hour_usd)
             types, spot = await self._market(conn, cluster.region)
             standings = await launch_repository.standings(conn, cluster.customer_id, cluster.region)
             locked = await launch_repository.lock_intents(conn, [intent.id for intent in intents])
@@ -210,9 +236,13 @@ class Launcher:
                     spot=spot,
                     standings=standings,
                 )
-                choice = choose(_wanted(row), market, limits, [_pool(attempt) for attempt in attempts[row.id]])
+                choice = _choice(row, market, limits, [_pool(attempt) for attempt in attempts[row.id]])
                 if isinstance(choice, str):
                     moves.move(row, attempts[row.id], state, NoCandidate(choice))
+                    continue
+                over = caps.take(choice.pool)
+                if over:
+                    held[over].append(row.id)
                     continue
                 after = moves.move(row, attempts[row.id], state, Attempted(), decided_by=choice.reason)
                 if after.state is IntentState.LAUNCHING:
@@ -221,6 +251,13 @@ class Launcher:
             # The intents first: the index of live attempts then refuses what a lost race would double.
             await moves.save(conn, expect_attempts=False)
             await launch_repository.insert_batches(conn, rows, slots)
+            for reason, ids in held.items():
+                await launch_repository.postpone_intents(
+                    conn, ids, worker=self.runtime.worker, seconds=CAPPED_SECONDS, reason=reason
+                )
+        for reason, ids in held.items():
+            metrics.ALARMS.labels("launch_cap").inc()
+            log.error("launch.capped", customer_id=str(cluster.customer_id), launches=len(ids), reason=reason)
         moves.report()
         for batch in batches:
             self.call_soon(batch, cluster)
@@ -455,15 +492,18 @@ class Launcher:
             log.warning("launch.call_interrupted", batch_id=str(batch.id), error=str(error)[:300])
 
     async def finish_calls(self, timeout: float) -> None:
-        """Wait for calls under way, at most ``timeout`` seconds."""
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=timeout)
+        """Wait for plans and calls under way, at most ``timeout`` seconds."""
+        ends = time.monotonic() + timeout
+        for kind in (self._plans, self._calls):
+            if kind:
+                await asyncio.wait(kind, timeout=max(ends - time.monotonic(), 0.0))
 
     async def leave(self) -> None:
         """Stop calls under way and give back every lease, so that others go on at once."""
-        for call in list(self._calls):
-            call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        for kind in (self._plans, self._calls):
+            for work in list(kind):
+                work.cancel()
+            await asyncio.gather(*kind, return_exceptions=True)
         try:
             async with self.runtime.db.system() as conn:
                 released = await launch_repository.release_leases(conn, self.runtime.worker)
@@ -760,14 +800,19 @@ def _limits(cluster: ClusterFacts) -> Limits:
     )
 
 
-def _over_cap(cluster: ClusterFacts, more: int) -> str | None:
-    """The customer's cap that another round would break, in words."""
-    most = cluster.config.get("max_launches_per_hour", DEFAULT_LAUNCHES_PER_HOUR)
-    if isinstance(most, int) and cluster.launches_last_hour + more > most:
-        return (
-            f"{cluster.launches_last_hour} launches in the last hour and {more} wanted; max_launches_per_hour is {most}"
-        )
-    spend = cluster.config.get("max_hourly_spend_usd")
-    if isinstance(spend, int | float) and cluster.spend_last_hour_usd >= spend:
-        return f"replacements of the last hour cost {cluster.spend_last_hour_usd:.2f} USD/h; the cap is {spend}"
-    return None
+def storm_pause(calls_last_minute: int, seconds_since_last_call: float | None) -> float:
+    """Seconds until a cluster's next round of launches may go out."""
+    if seconds_since_last_call is None:
+        return 0.0
+    for calls, round_seconds in STORM_CALLS:
+        if calls_last_minute >= calls:
+            return max(round_seconds - seconds_since_last_call, 0.0)
+    return 0.0
+
+
+def _choice(row: IntentRow, market: Market, limits: Limits, tried: Sequence[Pool]) -> Choice | str:
+    pool = row.requirements.get("pool")
+    if pool is not None:
+        # A plan names its one pool; what the plan was judged by must still hold.
+        return choose_only(_wanted(row), pool["instance_type"], pool["availability_zone"], market, limits, tried)
+    return choose(_wanted(row), market, limits, tried)

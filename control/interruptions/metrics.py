@@ -40,6 +40,8 @@ LAUNCHED = Counter("cloudoptim_launch_instances_total", "Instances recorded, by 
 TERMINATED = Counter("cloudoptim_launch_terminated_total", "Instances of ours ended, by reason", ["reason"])
 ALARMS = Counter("cloudoptim_alarms_total", "Things a person should look at, by kind", ["kind"])
 
+LIFECYCLE = Counter("cloudoptim_lifecycle_hooks_total", "Answers to Auto Scaling lifecycle hooks", ["step"])
+
 LOOP_SECONDS = Histogram(
     "cloudoptim_worker_loop_seconds", "Length of one round of a worker's loop", ["loop"], buckets=STEP_BUCKETS
 )

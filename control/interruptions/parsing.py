@@ -50,10 +50,12 @@ class QueueOwner:
     """What is known of the sender before the body is read: the customer of the queue a message came from.
 
     ``account_id`` and ``regions`` may be empty when they are not configured yet; then nothing can contradict them.
+    ``queue_region`` is where the queue itself is: what a message that names no region is about.
     """
 
     account_id: str | None
     regions: frozenset[str] = frozenset()
+    queue_region: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,8 +523,8 @@ def _direct_lifecycle(
     return ParsedEvent(
         kind=kinds[transition],
         dedupe_key=request if isinstance(request, str) and _DEDUPE_SAFE.match(request) else key,
-        # The message names no region; the instance's node does.
-        region=next(iter(owner.regions)) if len(owner.regions) == 1 else "",
+        # The message names no region: a hook's queue is in its group's own.
+        region=owner.queue_region or (next(iter(owner.regions)) if len(owner.regions) == 1 else ""),
         account_id=owner.account_id,
         occurred_at=_place_in_time(occurred_at, received_at, flags),
         instance_ids=(_instance_id(document, "EC2InstanceId"),),

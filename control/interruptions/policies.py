@@ -54,7 +54,8 @@ DEFAULT_POLICIES: Mapping[EventKind, Policy] = {
     # Karpenter ignores them, others drain on each: until a pool's precision is known, they are counted.
     EventKind.REBALANCE_RECOMMENDATION: Policy.SCORE,
     EventKind.LAUNCH_UNSUCCESSFUL: Policy.SCORE,
-    EventKind.ASG_LAUNCH: Policy.SCORE,
+    # The group's hook is answered when the node is Ready.
+    EventKind.ASG_LAUNCH: Policy.PRE_SPIN,
 }
 
 
@@ -114,6 +115,7 @@ class Decision:
     drain_after_launch: bool = False
     act_at: datetime | None = None
     gone: bool = False
+    answers_hook: bool = False
 
 
 def decide(
@@ -123,10 +125,12 @@ def decide(
     policy = policies.get(event.kind, Policy.DRAIN)
     if policy is Policy.IGNORE:
         return Decision(Act.RECORD, "ignored by policy")
-    if event.kind in (EventKind.LAUNCH_UNSUCCESSFUL, EventKind.ASG_LAUNCH):
+    if event.kind is EventKind.LAUNCH_UNSUCCESSFUL:
         return Decision(Act.SCORE, "counted for the pool")
     if policy is Policy.SCORE:
         return Decision(Act.SCORE, "scored")
+    if event.kind is EventKind.ASG_LAUNCH:
+        return Decision(Act.RECORD, "its hook is answered when the node is Ready", answers_hook=True)
     if node is None:
         return _nobodys(event, instance_id, now)
     if node.cluster_status == "deleted":
@@ -149,18 +153,20 @@ def decide(
     if not alive and not launch:
         reason = "an old notice about an instance that is gone"
     else:
-        reason = "drain" if policy is Policy.DRAIN else "replacement first, then drain"
+        reason = "drain" if policy is Policy.DRAIN or not launch else "replacement first, then drain"
     return Decision(
         Act.INTERRUPT,
         reason,
         key=interruption_key(instance_id, action, event.occurred_at),
         action=action,
         deadline_at=deadline,
-        wants_drain=alive and policy is Policy.DRAIN,
+        # Where the group itself launches the replacement there is none of ours to wait for.
+        wants_drain=alive and (policy is Policy.DRAIN or not launch),
         wants_launch=launch,
-        drain_after_launch=alive and policy is Policy.PRE_SPIN,
+        drain_after_launch=alive and policy is Policy.PRE_SPIN and launch,
         act_at=act_at,
         gone=not alive,
+        answers_hook=event.kind is EventKind.ASG_TERMINATE,
     )
 
 
@@ -182,6 +188,7 @@ def _nobodys(event: ParsedEvent, instance_id: str, now: datetime) -> Decision:
         key=interruption_key(instance_id, action, event.occurred_at),
         action=action,
         deadline_at=_deadline(event, action, now),
+        answers_hook=event.kind is EventKind.ASG_TERMINATE,
     )
 
 

@@ -7,7 +7,7 @@ and again worse than one that failed once, and a zone where many types fail at t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -19,7 +19,8 @@ REFUSAL_PENALTY = 3.0
 REBALANCE_PENALTY = 0.5
 # A pool above this is not asked again: one refusal holds for about 18 minutes, one interruption for half an hour.
 AVOID_ABOVE = 2.0
-# The row of a whole zone: every refusal and interruption adds this much to it, so that about six failing types within
+# A zone's own standing, under this name: each of its types adds this share of its points, and none more than one
+# interruption's worth. One type that fails again and again says nothing about the others; five or six that fail within
 # minutes hold the zone back.
 ZONE = "*"
 ZONE_SHARE = 0.25
@@ -41,22 +42,31 @@ def penalties(customer_id: UUID, seen: Iterable[tuple[str, str, str, str]]) -> l
     }
     counts: dict[tuple[str, str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for region, zone, instance_type, what in seen:
-        for key, share in (((region, zone, instance_type), 1.0), ((region, zone, ZONE), ZONE_SHARE)):
-            row = rows.setdefault(
-                key,
-                {
-                    "customer_id": customer_id,
-                    "region": region,
-                    "availability_zone": zone,
-                    "instance_type": key[2],
-                    "penalty": 0.0,
-                    "last_reason": what,
-                },
-            )
-            row["penalty"] += weights[what] * share
-            row["last_reason"] = what
-            counts[key][f"{what}s"] += 1
+        key = region, zone, instance_type
+        row = rows.setdefault(
+            key,
+            {
+                "customer_id": customer_id,
+                "region": region,
+                "availability_zone": zone,
+                "instance_type": instance_type,
+                "penalty": 0.0,
+                "last_reason": what,
+            },
+        )
+        row["penalty"] += weights[what]
+        row["last_reason"] = what
+        counts[key][f"{what}s"] += 1
     return [
         row | {name: counts[key].get(name, 0) for name in ("interruptions", "refusals", "rebalances")}
         for key, row in rows.items()
     ]
+
+
+def with_zones(standings: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """Standings by (zone, type), with one for each whole zone under (zone, ``ZONE``)."""
+    found = {key: penalty for key, penalty in standings.items() if key[1] != ZONE}
+    zones: dict[tuple[str, str], float] = defaultdict(float)
+    for (zone, _), penalty in found.items():
+        zones[zone, ZONE] += min(penalty, INTERRUPTION_PENALTY) * ZONE_SHARE
+    return found | zones

@@ -452,6 +452,23 @@ async def shorten_deadlines(conn: AsyncConnection, rows: Sequence[Mapping[str, A
         await conn.execute(_SHORTEN, {"rows": to_json(rows)})
 
 
+async def insert_hooks(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Lifecycle hooks that wait for our answer; one told of twice is known."""
+    await insert_rows(conn, "lifecycle_actions", rows, order="token", conflict="(customer_id, token) DO NOTHING")
+
+
+_HASTEN = text("""
+    UPDATE launch_intents SET next_action_at = :now
+    WHERE interruption_id = ANY(:interruption_ids) AND state = 'planned' AND next_action_at > :now
+""")
+
+
+async def hasten_launches(conn: AsyncConnection, interruption_ids: Sequence[UUID], *, now: datetime) -> None:
+    """Replacements planned for later are wanted now."""
+    if interruption_ids:
+        await conn.execute(_HASTEN, {"interruption_ids": list(interruption_ids), "now": now})
+
+
 _RECENT_QUARANTINE = text("""
     SELECT count(*) FROM inbox_messages
     WHERE customer_id = :customer_id AND outcome = 'quarantined' AND received_at > now() - interval '1 hour'

@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -59,6 +59,8 @@ LAUNCH_WINDOW = timedelta(minutes=15)
 # More than this in quarantine within an hour is told to the customer.
 QUARANTINE_ALARM_PER_HOUR = 10
 FACTS_SECONDS = 5.0
+# Characters parsed without a pause: a customer's large bodies must not hold up the others of this process.
+PARSED_AT_ONCE = 256 * 1024
 # Two batches may still meet on one row; Postgres picks the victim, which starts again. A history row whose
 # interruption somebody else inserted first shows as a foreign key violation.
 RETRIES = 5
@@ -141,32 +143,43 @@ async def ingest(
     facts: CustomerFacts,
     messages: Sequence[Received],
     *,
-    queue_regions: Iterable[str] = (),
+    queue_region: str = "",
     now: datetime | None = None,
 ) -> Ingested:
     """Take a batch of raw messages of one customer in: parsed, judged and committed in one transaction.
 
     Args:
         facts: the customer the queue belongs to; never taken from the body.
-        queue_regions: regions besides those of the customer's clusters from which events may come.
+        queue_region: where the queue is; events may come from there besides the regions of the customer's clusters.
     """
-    now = now or datetime.now(UTC)
-    owner = QueueOwner(facts.account_id, facts.regions | frozenset(queue_regions) if facts.regions else frozenset())
-    outcomes = [
-        (message, parse(message.body, owner=owner, received_at=now, sent_at=message.sent_at)) for message in messages
-    ]
+    now = now or db.now()
+    owner = queue_owner(facts, queue_region)
+    outcomes: list[tuple[Received, Outcome]] = []
+    parsed = 0
+    for message in messages:
+        outcomes.append((message, parse(message.body, owner=owner, received_at=now, sent_at=message.sent_at)))
+        parsed += len(message.body)
+        if parsed > PARSED_AT_ONCE:
+            parsed = 0
+            await asyncio.sleep(0)
     return await ingest_outcomes(db, facts, outcomes, now=now)
+
+
+def queue_owner(facts: CustomerFacts, queue_region: str = "") -> QueueOwner:
+    """Whose message it is, before its body is read. A customer without clusters may be told of any region."""
+    regions = facts.regions | {queue_region} if facts.regions and queue_region else facts.regions
+    return QueueOwner(facts.account_id, regions, queue_region)
 
 
 async def accept_agent_events(
     db: Database, *, customer_id: UUID, cluster_id: UUID, region: str, events: Sequence[SpotEvent]
 ) -> Ingested:
     """Take in what an agent saw on its nodes. The cluster is the key's, the contract has validated the rest."""
-    now = datetime.now(UTC)
     async with db.tenant(customer_id) as conn:
         facts = await repository.customer_facts(conn, customer_id)
     if facts is None:
         raise UnknownCustomer(f"no customer {customer_id}")
+    now = db.now()
     outcomes: list[tuple[Received, Outcome]] = [
         (
             Received(repository.to_json(event.model_dump(mode="json")), EventSource.AGENT),
@@ -243,6 +256,8 @@ class Batch:
         self.links: list[dict[str, Any]] = []
         self.outbox: list[dict[str, Any]] = []
         self.gone: list[dict[str, Any]] = []
+        self.hooks: list[dict[str, Any]] = []
+        self.hastened: list[UUID] = []
         self.matched: list[UUID] = []
         self.pool_signals: list[tuple[str, str, str, str]] = []
         self.counts: list[tuple[str, str, str]] = []
@@ -288,7 +303,7 @@ class Batch:
         await self._persist(conn)
         done.interruptions = [draft.id for draft in self.drafts if draft.new]
         done.clusters = {draft.drain.cluster_id for draft in self.drafts if draft.drain}
-        done.launches = any(draft.launch for draft in self.drafts)
+        done.launches = bool(self.hastened) or any(draft.launch for draft in self.drafts)
         if done.quarantined:
             lately = await repository.quarantined_last_hour(conn, customer_id)
             # Once, when the limit is crossed: a flood of poison must not become a flood of alarms.
@@ -509,6 +524,8 @@ class Batch:
                 if draft.shortened
             ],
         )
+        await repository.insert_hooks(conn, self.hooks)
+        await repository.hasten_launches(conn, self.hastened, now=self.now)
         await repository.release_waiting(conn, customer_id, self.matched, outcome="handled", reason=None)
         await repository.add_penalties(
             conn,
@@ -556,6 +573,8 @@ class Batch:
         if event.state == "terminated" and node is not None:
             self.gone.append({"instance_id": instance_id, "at": event.occurred_at})
         self._score(event, decision, node)
+        if instance_id and decision and decision.answers_hook:
+            self.hooks.append(self._hook(event, instance_id, draft, node))
         self.events.append(
             {
                 "id": new_id(),
@@ -683,6 +702,9 @@ class Batch:
         if stronger:
             self._change(draft, "escalated", {"by": label, "kind": event.kind.value})
             row["kind"], row["instance_action"] = event.kind.value, decision.action.value
+            if decision.wants_launch and decision.act_at is None:
+                # A replacement planned for the day of a maintenance is wanted now.
+                self.hastened.append(draft.id)
         if decision.wants_drain and node.node_name and (stronger or row["drain_pending"]):
             draft.drain = node
             row["drain_pending"] = False
@@ -745,6 +767,22 @@ class Batch:
             lacking = _CAPACITY_OF_TYPE.search(str(event.detail.get("StatusMessage", "")))
             if isinstance(zone, str) and lacking and self.policies[event.kind] is not Policy.IGNORE:
                 self.pool_signals.append((event.region, zone, lacking.group(1), "refusal"))
+
+    def _hook(
+        self, event: ParsedEvent, instance_id: str, draft: _Draft | None, node: NodeFacts | None
+    ) -> dict[str, Any]:
+        return {
+            "customer_id": self.facts.customer_id,
+            "token": str(event.detail["LifecycleActionToken"]),
+            "region": node.region if node else event.region,
+            "group_name": str(event.detail["AutoScalingGroupName"]),
+            "hook_name": str(event.detail["LifecycleHookName"]),
+            "instance_id": instance_id,
+            "transition": "launching" if event.kind is EventKind.ASG_LAUNCH else "terminating",
+            "interruption_id": draft.id if draft else None,
+            "received_at": self.now,
+            "next_action_at": self.now,
+        }
 
 
 def drain_task(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from control.interruptions import answers, launch_repository, metrics
 from control.interruptions.launch_repository import ClusterFacts
 from control.interruptions.launching import Launcher, apply_events
 from control.interruptions.reconcilers import repository
+from control.interruptions.runtime import Runtime
 from control.interruptions.states import InstanceEnded
 from control.interruptions.templates import is_ours
 
@@ -27,8 +29,11 @@ log = structlog.get_logger(__name__)
 # An instance nobody needs costs cents a minute.
 INTERVAL_SECONDS = 5.0
 LIMIT = 200
-# At most this share of a cluster's nodes in one round, and at least one.
+# At most this share of a cluster's nodes in one round, and at least one; a round is this long for all workers together.
 MAX_SHARE = 0.05
+ROUND_SECONDS = 20.0
+# Describe may not show a young instance yet (C-10); one that was named this long ago and is not shown has ended.
+FORGOTTEN_AFTER = timedelta(minutes=10)
 # An account that refuses us is asked again every hour and told what still bills (C-33).
 DENIED_SECONDS = 3600.0
 _OVER = ("shutting-down", "terminated")
@@ -64,19 +69,33 @@ class Ending:
         return ended
 
     async def _end(self, cluster: ClusterFacts, rows: Sequence[Any]) -> int:
+        runtime = self.launcher.runtime
         credentials = await self.launcher.credentials(cluster)
-        async with self.launcher.runtime.db.system() as conn:
-            counts = await repository.node_counts(conn, cluster.customer_id)
-        share = rows[: allowed(counts.get(cluster.cluster_id, 0))]
-        instances = await terminate_ours(
-            self.launcher, cluster, credentials, [row.instance_id for row in share], reason="replacement"
-        )
-        over = {
-            row.intent_id: InstanceEnded()
-            for row in share
-            if instances.get(row.instance_id, {}).get("State", {}).get("Name") in _OVER
-        }
-        await apply_events(self.launcher.runtime, over)
+        instances = await self.launcher.describe(cluster.region, credentials, [row.instance_id for row in rows])
+        over = {row.intent_id for row in rows if _is_over(row, instances.get(row.instance_id), runtime.db.now())}
+        ours = [
+            row
+            for row in rows
+            if row.intent_id not in over
+            and row.instance_id in instances
+            and is_ours(
+                instances[row.instance_id], deployment_id=runtime.deployment_id, customer_id=cluster.customer_id
+            )
+        ]
+        strangers = [row.instance_id for row in rows if row.instance_id in instances and row not in ours]
+        strangers = [instance_id for instance_id in strangers if not _ending(instances[instance_id])]
+        if strangers:
+            metrics.ALARMS.labels("not_ours").inc()
+            log.error("ending.not_ours", customer_id=str(cluster.customer_id), instance_ids=strangers)
+        if ours and await claim_endings(runtime, cluster.cluster_id):
+            async with runtime.db.system() as conn:
+                counts = await repository.node_counts(conn, cluster.customer_id)
+            share = ours[: allowed(counts.get(cluster.cluster_id, 0))]
+            now_as = await terminate_ours(
+                self.launcher, cluster, credentials, [row.instance_id for row in share], reason="replacement"
+            )
+            over |= {row.intent_id for row in share if _ending(now_as.get(row.instance_id, {}))}
+        await apply_events(runtime, dict.fromkeys(over, InstanceEnded()))
         return len(over)
 
     def _failed(self, cluster: ClusterFacts, rows: Sequence[Any], error: AwsError) -> None:
@@ -90,6 +109,25 @@ class Ending:
             code=error.code,
             still_billing=[row.instance_id for row in rows],
             next_try_seconds=DENIED_SECONDS if denied else INTERVAL_SECONDS,
+        )
+
+
+def _ending(instance: Mapping[str, Any]) -> bool:
+    return instance.get("State", {}).get("Name") in _OVER
+
+
+def _is_over(row: Any, instance: Mapping[str, Any] | None, now: datetime) -> bool:
+    """EC2 shows it ending; or EC2, which named it long ago, has forgotten it. A new one may only be invisible yet."""
+    if instance is not None:
+        return _ending(instance)
+    return row.launched_at is not None and now - row.launched_at > FORGOTTEN_AFTER
+
+
+async def claim_endings(runtime: Runtime, cluster_id: UUID) -> bool:
+    """Take a cluster's round of terminations: whoever ends instances in it, in any worker, shares this one budget."""
+    async with runtime.db.system() as conn:
+        return bool(
+            await repository.claim_rounds(conn, [f"endings:{cluster_id}"], worker=runtime.worker, seconds=ROUND_SECONDS)
         )
 
 

@@ -8,7 +8,8 @@ cluster's nodes are launched, while they still live.
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -20,9 +21,10 @@ from control.interruptions import intake_repository, launch_repository, metrics
 from control.interruptions import repository as events_repository
 from control.interruptions.intake import explain
 from control.interruptions.launching import Launcher
-from control.interruptions.parsing import TERMINAL_OR_ENDING_STATES, Outcome, ParsedEvent
+from control.interruptions.parsing import STALE_AFTER, TERMINAL_OR_ENDING_STATES, Outcome, ParsedEvent
 from control.interruptions.reconcilers import repository
 from control.interruptions.reconcilers.repository import Place
+from control.interruptions.reconcilers.rounds import each_due
 from control.interruptions.service import Ingested, Received, ingest_outcomes
 from warehouse.contracts import EventKind, EventSource, InterruptionAction
 
@@ -31,6 +33,8 @@ log = structlog.get_logger(__name__)
 # Half of a notice is left when the poll finds it; three calls a minute and region are no load on EC2's limits.
 INTERVAL_SECONDS = 60.0
 LOOK_SECONDS = 5.0
+# EC2 forgets a terminated instance within the hour, and shows a young one late; an agent reports every 30 s.
+SILENT_SECONDS = 600.0
 MARKED = {
     "marked-for-termination": InterruptionAction.TERMINATE,
     "marked-for-stop": InterruptionAction.STOP,
@@ -40,17 +44,15 @@ MARKED = {
 
 async def run_once(launcher: Launcher) -> int:
     """Poll the places that are due; returns how many interruptions only this found."""
-    runtime = launcher.runtime
-    async with runtime.db.system() as conn:
-        places = {f"poll:{place.customer_id}:{place.region}": place for place in await repository.places(conn)}
-        due = await repository.claim_rounds(conn, list(places), worker=runtime.worker, seconds=INTERVAL_SECONDS * 0.95)
-    found = 0
-    for name in sorted(due):
+
+    async def one(place: Place) -> int:
         try:
-            found += await poll(launcher, places[name])
+            return await poll(launcher, place)
         except AwsError as error:
-            await _degraded(launcher, places[name], error)
-    return found
+            await _degraded(launcher, place, error)
+            return 0
+
+    return await each_due(launcher.runtime, "poll", INTERVAL_SECONDS * 0.95, one)
 
 
 async def poll(launcher: Launcher, place: Place) -> int:
@@ -59,11 +61,12 @@ async def poll(launcher: Launcher, place: Place) -> int:
     async with runtime.db.system() as conn:
         clusters = await launch_repository.cluster_facts(conn, [place.cluster_id])
         nodes = await repository.spot_nodes(conn, place)
+        silent = await repository.silent_nodes(conn, place, seconds=SILENT_SECONDS)
         facts = await events_repository.customer_facts(conn, place.customer_id)
     if facts is None or place.cluster_id not in clusters:
         return 0
     credentials = await launcher.credentials(clusters[place.cluster_id])
-    now = datetime.now(UTC)
+    now = runtime.db.now()
     events = await _marked(launcher, place, credentials, now, set(nodes))
     instances = await launcher.describe(place.region, credentials, sorted(nodes))
     marked = {instance_id for event in events for instance_id in event.instance_ids}
@@ -71,6 +74,8 @@ async def poll(launcher: Launcher, place: Place) -> int:
         state = instance.get("State", {}).get("Name", "")
         if state in TERMINAL_OR_ENDING_STATES and instance_id not in marked:
             events.append(_ending(place, instance_id, state, instance, now))
+    for instance_id, seen in vanished(instances, silent):
+        events.append(_ending(place, instance_id, "terminated", {}, seen, stale=now - seen > STALE_AFTER))
     await _learn(launcher, nodes, instances, credentials)
     outcomes: list[tuple[Received, Outcome]] = [
         (Received(events_repository.to_json(event.detail), EventSource.POLL), event) for event in events
@@ -118,15 +123,26 @@ async def _marked(
     return events
 
 
-def _ending(place: Place, instance_id: str, state: str, instance: dict[str, Any], now: datetime) -> ParsedEvent:
+def vanished(instances: Mapping[str, Any], silent: Mapping[str, datetime]) -> list[tuple[str, datetime]]:
+    """Nodes that neither EC2 nor their agent knows any more, with the moment they were last seen.
+
+    Not when EC2 knows none of the place's nodes at all: then we ask in the wrong account, and nothing has ended.
+    """
+    return [(instance_id, seen) for instance_id, seen in silent.items() if instance_id not in instances and instances]
+
+
+def _ending(
+    place: Place, instance_id: str, state: str, instance: dict[str, Any], at: datetime, *, stale: bool = False
+) -> ParsedEvent:
     return ParsedEvent(
         kind=EventKind.INSTANCE_STATE_CHANGE,
         dedupe_key=f"poll:{instance_id}:{state}",
         region=place.region,
         account_id=None,
-        occurred_at=now,
+        occurred_at=at,
         instance_ids=(instance_id,),
         state=state,
+        flags=frozenset({"stale"}) if stale else frozenset(),
         detail={"state": state, "reason": instance.get("StateTransitionReason", ""), "instance-id": instance_id},
     )
 
@@ -151,17 +167,18 @@ async def _learn(
 
 
 async def _degraded(launcher: Launcher, place: Place, error: AwsError) -> None:
-    reason, remedy, lasting = explain(error)
+    trouble = explain(error)
     metrics.LOOP_FAILURES.labels("poll", error.code).inc()
     log.warning("poll.failed", customer_id=str(place.customer_id), region=place.region, code=error.code)
-    if not lasting:
+    if not trouble.lasting:
         return
+    remedy = trouble.remedy
     if error.operation.startswith("Describe"):
         remedy = "let the role use ec2:DescribeInstances and ec2:DescribeSpotInstanceRequests"
     try:
         async with launcher.runtime.db.system() as conn:
             await intake_repository.mark_degraded(
-                conn, place.customer_id, detector="poll", reason=reason, remedy=remedy
+                conn, place.customer_id, detector="poll", reason=trouble.reason, remedy=remedy
             )
     except SQLAlchemyError as trouble:
         log.warning("poll.health_not_written", error=type(trouble).__name__)

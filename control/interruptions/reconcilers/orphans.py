@@ -7,7 +7,7 @@ instance launched in between has its row already.
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -18,8 +18,9 @@ from control.interruptions import launch_repository, metrics
 from control.interruptions.launch_repository import ClusterFacts
 from control.interruptions.launching import Launcher, apply_events
 from control.interruptions.reconcilers import repository
-from control.interruptions.reconcilers.ending import allowed, terminate_ours
+from control.interruptions.reconcilers.ending import allowed, claim_endings, terminate_ours
 from control.interruptions.reconcilers.repository import Place
+from control.interruptions.reconcilers.rounds import each_due
 from control.interruptions.states import InstanceEnded
 from control.interruptions.templates import TAG_BATCH, TAG_CLUSTER, TAG_MANAGED, TAG_TENANT, tags_of
 
@@ -36,18 +37,16 @@ _UNANSWERED = frozenset({"calling", "unknown"})
 
 async def run_once(launcher: Launcher) -> int:
     """Compare the places that are due; returns how many instances were ended."""
-    runtime = launcher.runtime
-    async with runtime.db.system() as conn:
-        places = {f"orphans:{place.customer_id}:{place.region}": place for place in await repository.places(conn)}
-        due = await repository.claim_rounds(conn, list(places), worker=runtime.worker, seconds=INTERVAL_SECONDS * 0.95)
-    ended = 0
-    for name in sorted(due):
+
+    async def one(place: Place) -> int:
         try:
-            ended += await compare(launcher, places[name])
+            return await compare(launcher, place)
         except AwsError as error:
             metrics.LOOP_FAILURES.labels("orphans", error.code).inc()
-            log.warning("orphans.failed", customer_id=str(places[name].customer_id), code=error.code)
-    return ended
+            log.warning("orphans.failed", customer_id=str(place.customer_id), code=error.code)
+            return 0
+
+    return await each_due(launcher.runtime, "orphans", INTERVAL_SECONDS * 0.95, one)
 
 
 async def compare(launcher: Launcher, place: Place) -> int:
@@ -71,7 +70,7 @@ async def compare(launcher: Launcher, place: Place) -> int:
         adopt_only = await repository.adopt_only(conn, runtime.deployment_id)
     await _ended_by_others(launcher, instances, attempts)
 
-    now = datetime.now(UTC)
+    now = runtime.db.now()
     unexplained: list[str] = []
     unknown: list[dict[str, Any]] = []
     for instance_id, instance in instances.items():
@@ -171,6 +170,8 @@ async def _end(
         if len(group) > most:
             metrics.ALARMS.labels("orphans_over_cap").inc()
             log.error("orphans.over_cap", cluster_id=str(cluster_id), orphans=len(group), ended_now=most)
+        if not await claim_endings(launcher.runtime, cluster_id or facts.customer_id):
+            continue
         await terminate_ours(launcher, facts, credentials, group[:most], reason="orphan")
         ended += len(group[:most])
     return ended

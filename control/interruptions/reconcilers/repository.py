@@ -32,6 +32,33 @@ async def claim_rounds(conn: AsyncConnection, names: Sequence[str], *, worker: s
     return {row.name for row in result}
 
 
+_PREPARE = text("""
+    INSERT INTO round_claims (name, claimed_until, claimed_by, rounds)
+    SELECT name, to_timestamp(0), :worker, 0 FROM unnest(CAST(:names AS text[])) AS name ORDER BY name
+    ON CONFLICT (name) DO NOTHING
+""")
+_CLAIM_LONGEST = text("""
+    UPDATE round_claims r SET claimed_until = now() + make_interval(secs => :seconds), claimed_by = :worker,
+        rounds = r.rounds + 1
+    WHERE r.name = (
+        SELECT name FROM round_claims WHERE name = ANY(:names) AND claimed_until <= now()
+        ORDER BY claimed_until, name LIMIT 1 FOR UPDATE SKIP LOCKED)
+    RETURNING r.name
+""")
+
+
+async def prepare_rounds(conn: AsyncConnection, names: Sequence[str], *, worker: str) -> None:
+    """Rounds that nobody ever did are due."""
+    if names:
+        await conn.execute(_PREPARE, {"names": list(names), "worker": worker})
+
+
+async def claim_longest(conn: AsyncConnection, names: Sequence[str], *, worker: str, seconds: float) -> str | None:
+    """The prepared round that is due for longest, now this worker's; None when none is."""
+    values = {"names": list(names), "worker": worker, "seconds": seconds}
+    return (await conn.execute(_CLAIM_LONGEST, values)).scalar_one_or_none()
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A customer's region with clusters of ours, one of which stands for the customer's role."""
@@ -66,6 +93,24 @@ async def spot_nodes(conn: AsyncConnection, place: Place) -> dict[str, UUID]:
     """Instance id to cluster of the Spot nodes that are alive as far as we know."""
     result = await conn.execute(_SPOT_NODES, {"customer_id": place.customer_id, "region": place.region})
     return {row.instance_id: row.cluster_id for row in result}
+
+
+_SILENT_NODES = text("""
+    SELECT n.instance_id, n.last_seen_at FROM nodes n JOIN clusters c ON c.id = n.cluster_id
+    WHERE n.customer_id = :customer_id AND c.region = :region AND c.status <> 'deleted'
+      AND n.node_type = 'spot' AND n.terminated_at IS NULL
+      AND n.last_seen_at < now() - make_interval(secs => :seconds)
+      AND n.created_at < now() - make_interval(secs => :seconds)
+    ORDER BY n.instance_id
+""")
+
+
+async def silent_nodes(conn: AsyncConnection, place: Place, *, seconds: float) -> dict[str, datetime]:
+    """When agents last saw the Spot nodes of which they have said nothing for ``seconds``."""
+    result = await conn.execute(
+        _SILENT_NODES, {"customer_id": place.customer_id, "region": place.region, "seconds": seconds}
+    )
+    return {row.instance_id: row.last_seen_at for row in result}
 
 
 _KNOWN_TEMPLATES = text("""

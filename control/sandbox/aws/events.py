@@ -5,6 +5,8 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
+from control.sandbox.aws.autoscaling import LifecycleAction
+
 
 def envelope(
     detail_type: str,
@@ -98,4 +100,37 @@ def scheduled_retirement(instance_id: str, *, account_id: str, region: str, at: 
         region=region,
         at=at,
         resources=[instance_id],
+    )
+
+
+def lifecycle_action(action: LifecycleAction, *, at: datetime, direct: bool) -> str:
+    """A group's hook, as EventBridge tells it or as the group itself writes it to a queue."""
+    detail = {
+        "LifecycleActionToken": action.token,
+        "AutoScalingGroupName": action.group_name,
+        "LifecycleHookName": action.hook_name,
+        "EC2InstanceId": action.instance_id,
+        "LifecycleTransition": f"autoscaling:EC2_INSTANCE_{action.transition.upper()}",
+    }
+    if direct:
+        envelope_of_the_group = {
+            "Origin": "AutoScalingGroup",
+            "Destination": "EC2",
+            "Service": "AWS Auto Scaling",
+            "AccountId": action.account_id,
+            "RequestId": str(uuid.uuid4()),
+            "Time": at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z"),
+        }
+        return json.dumps(detail | envelope_of_the_group)
+    return envelope(
+        f"EC2 Instance-{'launch' if action.transition == 'launching' else 'terminate'} Lifecycle Action",
+        detail,
+        source="aws.autoscaling",
+        account_id=action.account_id,
+        region=action.region,
+        at=at,
+        resources=[
+            f"arn:aws:autoscaling:{action.region}:{action.account_id}:autoScalingGroup:"
+            f"{uuid.uuid4()}:autoScalingGroupName/{action.group_name}"
+        ],
     )

@@ -43,6 +43,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from control.sandbox.aws import events
 from control.sandbox.aws.accounts import Account, Accounts, Credentials
+from control.sandbox.aws.autoscaling import ACTIONS as LIFECYCLE_ACTIONS
+from control.sandbox.aws.autoscaling import AutoScaling, LifecycleAction
 from control.sandbox.aws.ec2 import Ec2
 from control.sandbox.aws.fallback import Moto
 from control.sandbox.aws.faults import Fault, Faults
@@ -144,6 +146,7 @@ class SandboxAWS:
         self._prices = SpotHistory(self.market, self.config.price_page_size)
         self._price_list = PriceList(self.market, load_catalogue())
         self._moto = Moto()
+        self._autoscaling = AutoScaling()
         # asyncio switches Nagle off only on sockets that name their protocol; without it every answer takes 40 ms
         family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -359,6 +362,27 @@ class SandboxAWS:
         )
         return self.send_event(instance.account_id, body)
 
+    def begin_lifecycle_action(
+        self,
+        instance_id: str,
+        transition: str = "terminating",
+        *,
+        group_name: str = "workers",
+        hook_name: str = "drain",
+        timeout_seconds: float = 3600.0,
+        direct: bool = False,
+    ) -> LifecycleAction:
+        """A group launches or ends an instance and waits for its hook; the queue is told by EventBridge, or by the
+        group itself (`direct`). The action answered is the double's own: it shows heartbeats and the result."""
+        instance = self._instances.by_id[instance_id]
+        action = self._autoscaling.begin(
+            LifecycleAction(
+                instance.account_id, instance.region, group_name, hook_name, instance_id, transition, timeout_seconds
+            )
+        )
+        self.send_event(instance.account_id, events.lifecycle_action(action, at=datetime.now(UTC), direct=direct))
+        return action
+
     def terminate(self, instance_id: str, *, reason: str = "Client.UserInitiatedShutdown") -> None:
         """Somebody ends the instance, outside of any API call of ours."""
         instance = self._instances.by_id[instance_id]
@@ -522,6 +546,8 @@ class SandboxAWS:
             return self._accounts.assume_role(call)
         if call.service == "sts" and call.action == "GetCallerIdentity":
             return self._accounts.get_caller_identity(call)
+        if call.service == "autoscaling" and call.action in LIFECYCLE_ACTIONS:
+            return self._autoscaling.handle(call)
         if call.service == "pricing":
             return await loop.run_in_executor(None, self._price_list.handle, call)
         return await loop.run_in_executor(
@@ -736,7 +762,7 @@ def _action(service: str, headers: dict[bytes, bytes], scope: Any, body: bytes) 
     target = headers.get(b"x-amz-target")
     if target is not None:
         return target.decode().rpartition(".")[2]
-    if service in ("ec2", "sts", "sqs", "iam"):
+    if service in ("ec2", "sts", "sqs", "iam", "autoscaling"):
         for source in (body, scope["query_string"]):
             match = re.search(rb"(?:^|&)Action=([A-Za-z]+)", source)
             if match:
@@ -747,7 +773,7 @@ def _action(service: str, headers: dict[bytes, bytes], scope: Any, body: bytes) 
 def _params(service: str, is_json: bool, body: bytes, query: bytes) -> dict[str, Any]:
     if is_json:
         return decode(body)
-    if service not in ("ec2", "sts", "sqs"):
+    if service not in ("ec2", "sts", "sqs", "autoscaling"):
         return {}
     flat = dict(parse_qsl((body or query).decode(), keep_blank_values=True))
     for name in ("Action", "Version"):

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from control.interruptions import pools
-from control.interruptions.choosing import Choice, Limits, Market, Pool, TypeFacts, Wanted, choose, processor
+from control.interruptions.choosing import (
+    Choice,
+    Limits,
+    Market,
+    Pool,
+    TypeFacts,
+    Wanted,
+    choose,
+    choose_only,
+    processor,
+)
 from control.interruptions.states import MAX_ATTEMPTS
 from warehouse.postgres.models import new_id
 
@@ -123,7 +133,7 @@ def test_processor_is_in_the_name(name: str, expected: str) -> None:
     assert processor(name) == expected
 
 
-def test_penalties_add_up_per_pool_and_for_the_zone_and_fade() -> None:
+def test_penalties_add_up_per_pool_and_fade() -> None:
     customer = new_id()
     rows = {
         row["instance_type"]: row
@@ -139,7 +149,29 @@ def test_penalties_add_up_per_pool_and_for_the_zone_and_fade() -> None:
     assert rows["m5.large"]["penalty"] == pools.INTERRUPTION_PENALTY + pools.REFUSAL_PENALTY
     assert (rows["m5.large"]["interruptions"], rows["m5.large"]["refusals"]) == (1, 1)
     assert rows["c5.large"]["rebalances"] == 1
-    total = pools.INTERRUPTION_PENALTY + pools.REFUSAL_PENALTY + pools.REBALANCE_PENALTY
-    assert rows[pools.ZONE]["penalty"] == pytest.approx(total * pools.ZONE_SHARE)
     assert pools.decayed(4.0, pools.HALF_LIFE_SECONDS) == pytest.approx(2.0)
     assert pools.decayed(4.0, -5.0) == 4.0
+
+
+def test_a_zone_is_held_back_when_many_types_fail_and_not_when_one_fails_often() -> None:
+    one = pools.with_zones({("us-east-1b", "m5.large"): pools.CEILING})
+    assert one["us-east-1b", pools.ZONE] < pools.ZONE_AVOID_ABOVE
+    failing = {("us-east-1b", f"m{number}.large"): pools.REFUSAL_PENALTY for number in range(6)}
+    zone = pools.with_zones(failing)["us-east-1b", pools.ZONE]
+    assert zone > pools.ZONE_AVOID_ABOVE
+    spot = [pool for pool in ladder(market(standings=pools.with_zones(failing))) if pool.node_type == "spot"]
+    assert spot
+    assert "us-east-1b" not in {pool.availability_zone for pool in spot}
+    # Half an hour later half of it is forgotten, and the zone is asked again.
+    faded = {key: pools.decayed(points, pools.HALF_LIFE_SECONDS) for key, points in failing.items()}
+    assert pools.with_zones(faded)["us-east-1b", pools.ZONE] < pools.ZONE_AVOID_ABOVE
+
+
+def test_a_plans_pool_is_asked_once_and_only_while_it_is_fit() -> None:
+    fit = choose_only(WANTED, "m5.large", "us-east-1b", market(), Limits(), [])
+    assert isinstance(fit, Choice)
+    assert fit.pool.node_type == "spot"
+    bad = market(standings={("us-east-1b", "m5.large"): pools.AVOID_ABOVE + 0.1})
+    dear = market(spot=dict.fromkeys(SPOT, 1.0))
+    for found, tried in ((bad, []), (dear, []), (market(), [fit.pool]), (market(zones=("us-east-1a",)), [])):
+        assert isinstance(choose_only(WANTED, "m5.large", "us-east-1b", found, Limits(), tried), str)

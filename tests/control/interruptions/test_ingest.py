@@ -179,3 +179,85 @@ async def test_events_of_a_suspended_customer_are_dropped(db: Database, tenant) 
         await conn.execute(text("UPDATE customers SET status = 'suspended' WHERE id = :id"), {"id": tenant.customer_id})
     done = await ingest(db, await tenant.facts(), [sqs(tenant.warning(instance))])
     assert (done.dropped, done.clusters) == (1, set())
+
+
+async def test_a_warning_brings_a_replacement_planned_for_maintenance_forward(db: Database, tenant) -> None:
+    instance = await tenant.node()
+    facts = await tenant.facts()
+    starts = datetime.now(UTC) + timedelta(days=7)
+    maintenance = tenant.event(
+        "AWS Health Event",
+        {
+            "service": "EC2",
+            "eventTypeCategory": "scheduledChange",
+            "eventTypeCode": "AWS_EC2_SYSTEM_REBOOT_MAINTENANCE_SCHEDULED",
+            "startTime": f"{starts:%a, %d %b %Y %H:%M:%S} GMT",
+            "affectedEntities": [{"entityValue": instance}],
+        },
+        source="aws.health",
+    )
+    await ingest(db, facts, [sqs(maintenance)])
+    sql = "SELECT * FROM launch_intents WHERE customer_id = :customer_id"
+    assert (await tenant.row(sql)).next_action_at > datetime.now(UTC) + timedelta(days=6)
+    done = await ingest(db, facts, [sqs(tenant.warning(instance))])
+    assert done.launches
+    assert (await tenant.row(sql)).next_action_at <= datetime.now(UTC)
+    interruption = await tenant.row("SELECT * FROM interruptions WHERE customer_id = :customer_id")
+    assert interruption.kind == "spot_interruption"
+    assert interruption.deadline_at - datetime.now(UTC) < timedelta(seconds=121)
+    assert len(await tenant.rows("SELECT 1 FROM agent_tasks WHERE customer_id = :customer_id")) == 1
+
+
+async def test_pages_of_one_health_event_are_acted_on_one_by_one_in_any_order(db: Database, tenant) -> None:
+    facts = await tenant.facts()
+    nodes = [await tenant.node() for _ in range(4)]
+
+    def page(number: int, instances: list[str]) -> dict[str, Any]:
+        return tenant.event(
+            "AWS Health Event",
+            {
+                "service": "EC2",
+                "eventTypeCategory": "scheduledChange",
+                "eventTypeCode": "AWS_EC2_PERSISTENT_INSTANCE_RETIREMENT_SCHEDULED",
+                "communicationId": "abc-1",
+                "startTime": "Thu, 1 Nov 2035 22:00:00 GMT",
+                "affectedEntities": [{"entityValue": instance} for instance in instances],
+                "page": str(number),
+                "totalPages": "2",
+            },
+            source="aws.health",
+        )
+
+    second, first = page(2, nodes[2:]), page(1, nodes[:2])
+    assert (await ingest(db, facts, [sqs(second)])).handled == 1
+    # At least once: the same page under another event id is no news.
+    again = await ingest(db, facts, [sqs(first), sqs(page(2, nodes[2:]))])
+    assert (again.handled, again.duplicates) == (1, 1)
+    rows = await tenant.rows("SELECT * FROM interruptions WHERE customer_id = :customer_id")
+    assert {row.instance_id for row in rows} == set(nodes)
+    # Failing hardware is not waited for, whatever the date says.
+    intents = await tenant.rows("SELECT next_action_at FROM launch_intents WHERE customer_id = :customer_id")
+    assert len(intents) == 4
+    assert all(row.next_action_at <= datetime.now(UTC) for row in intents)
+
+
+async def test_terminate_stop_and_hibernate_are_three_plans(db: Database, tenant) -> None:
+    facts = await tenant.facts()
+    plans = {}
+    for action in ("terminate", "stop", "hibernate"):
+        instance = await tenant.node()
+        await ingest(db, facts, [sqs(tenant.warning(instance, action))])
+        row = await tenant.row(
+            "SELECT i.*, t.parameters FROM interruptions i JOIN agent_tasks t ON t.interruption_id = i.id "
+            "WHERE i.customer_id = :customer_id AND i.instance_id = :i",
+            i=instance,
+        )
+        lead = (row.deadline_at - row.notice_at).total_seconds()
+        plans[action] = (lead, row.parameters["grace_seconds"] > 60, row.interruption_key == instance)
+    assert plans == {
+        # An instance is terminated once; it can be stopped and hibernated again.
+        "terminate": (120.0, True, True),
+        "stop": (120.0, True, False),
+        # Hibernation begins at once: what can still be evicted is evicted without grace.
+        "hibernate": (20.0, False, False),
+    }

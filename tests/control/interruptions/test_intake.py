@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
 
 from control.gateways.aws import AwsError, AwsGateway
-from control.interruptions.intake import Intake, explain
+from control.interruptions.intake import CUSTOMERS_SECONDS, Health, Intake, explain
 from control.interruptions.runtime import Runtime
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.corpus import cases
@@ -127,7 +128,8 @@ async def test_customers_come_and_go_while_it_runs(stage: Stage, intake: Intake)
     since = max(entry["seq"] for entry in stage.aws.history())
     await asyncio.sleep(0.5)
     calls = [e for e in stage.aws.history(since_seq=since) if e.get("account") == added.account_id]
-    assert calls == []
+    # The long poll that was under way is cut.
+    assert [call for call in calls if call["outcome"] != "client left"] == []
 
 
 async def test_a_flood_of_one_customer_is_taken_in_large_batches(stage: Stage, intake: Intake) -> None:
@@ -212,7 +214,65 @@ async def test_undeletable_messages_come_again_and_change_nothing(stage: Stage, 
     ],
 )
 def test_every_trouble_has_a_remedy(error: AwsError | ValueError, word: str, lasting: bool) -> None:
-    reason, remedy, lasts = explain(error)
-    assert reason
-    assert word in remedy
-    assert lasts is lasting
+    trouble = explain(error)
+    assert trouble.reason
+    assert word in trouble.remedy
+    assert trouble.lasting is lasting
+
+
+def test_every_trouble_is_told_within_a_minute() -> None:
+    """The follower looks every five seconds: 60 s less that is what a queue may keep us waiting."""
+    lately = 60 - CUSTOMERS_SECONDS
+    silent = Health(heard_at=0.0)
+    assert silent.trouble(25.0) is None, "an idle long poll takes 20 s"
+    told = silent.trouble(lately)
+    assert told is not None
+    assert "no answer" in told.reason
+    throttled = Health(
+        heard_at=0.0, receiving=explain(AwsError("ReceiveMessage", "ThrottlingException", "", status=400))
+    )
+    assert throttled.trouble(5.0) is None
+    told = throttled.trouble(lately)
+    assert told is not None
+    assert "throttles" in told.remedy
+    denied = Health(heard_at=0.0, receiving=explain(AwsError("ReceiveMessage", "AccessDenied", "", status=403)))
+    assert denied.trouble(0.0) is not None
+
+
+async def test_a_right_to_delete_that_is_missing_is_told_though_messages_arrive(stage: Stage, intake: Intake) -> None:
+    fault = stage.aws.inject(
+        Fault("error", action="DeleteMessageBatch", code="AccessDenied", message="no sqs:DeleteMessage", status=403,
+              count=None)
+    )  # fmt: skip
+    (instance,) = await stage.launch_nodes()
+    stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+    await _drained(stage, stage.tenant, instance)
+
+    async def state(wanted: str) -> bool:
+        return (await _health(stage.tenant))[0] == wanted
+
+    await stage.until(lambda: state("degraded"), 20)
+    _, reason, remedy = await _health(stage.tenant)
+    assert "no sqs:DeleteMessage" in str(reason)
+    assert "sqs:DeleteMessage" in str(remedy)
+    # Mended: the next message that is deleted shows it.
+    stage.aws.clear_faults(fault)
+    stage.aws.send_event(stage.queue, stage.tenant.rebalance(instance))
+    await stage.until(lambda: state("ok"), 20)
+    assert (await stage.tenant.row("SELECT status FROM customers WHERE id = :customer_id")).status == "active"
+
+
+async def test_a_flood_of_one_customer_leaves_the_others_their_speed(stage: Stage, intake: Intake) -> None:
+    quiet = await add_customer(stage)
+    nodes = [await quiet.node() for _ in range(5)]
+    await asyncio.sleep(0.5)
+    flood = [json.dumps(stage.tenant.rebalance(f"i-{number:017x}")) for number in range(3000)]
+    stage.aws.send_events(stage.queue, flood)
+    waits = []
+    for node in nodes:
+        sent = time.monotonic()
+        stage.aws.send_event(quiet.account_id, quiet.warning(node))
+        await _drained(stage, quiet, node)
+        waits.append(time.monotonic() - sent)
+    assert sum(stage.aws.queue_depth(stage.queue)) > 0, "the flood was over before the others were measured"
+    assert sorted(waits)[2] < 2.0, waits

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +22,7 @@ from control.interruptions.runtime import Runtime
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from tests.control.interruptions.tenants import create_tenant
 from warehouse.contracts import EventSource
 from warehouse.postgres.models import new_id
 
@@ -315,3 +319,84 @@ async def test_a_ready_node_is_seen(stage: Stage, launcher: Launcher) -> None:
 
     assert await stage.until(seen, 10) == 1
     assert (await stage.tenant.row("SELECT state FROM launch_intents")).state == "ready"
+
+
+async def test_all_workers_share_one_round_of_terminations(stage: Stage, launcher: Launcher) -> None:
+    stage.join_seconds = 3600
+    instances = await stage.launch_nodes(6)
+    for instance in instances:
+        await _warn(stage, instance)
+    await _launch(stage, launcher)
+    await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
+    assert await never_ready.run_once(launcher.runtime) == 6
+    workers = [Ending(launcher), Ending(launcher), Ending(launcher)]
+    assert sorted([await worker.run_once() for worker in workers]) == [0, 0, 1], "5 % of six nodes is one"
+    await stage.tenant.rows("UPDATE round_claims SET claimed_until = now() RETURNING 1")
+    assert await workers[0].run_once() == 1
+    assert len(stage.ours(alive=True)) == 4
+
+
+async def test_what_cannot_be_ended_does_not_hold_up_the_rest(stage: Stage, launcher: Launcher) -> None:
+    stage.join_seconds = 3600
+    for instance in await stage.launch_nodes(3):
+        await _warn(stage, instance)
+    await _launch(stage, launcher)
+    await stage.tenant.rows(
+        "UPDATE launch_attempts SET state = 'terminating', launched_at = now() - interval '11 minutes' RETURNING 1"
+    )
+    stranger, forgotten, ours = sorted(
+        await stage.tenant.rows("SELECT instance_id, id FROM launch_attempts"), key=lambda row: row.id
+    )
+    stage.aws._instances.by_id[stranger.instance_id].tags["cloudoptim:tenant"] = str(new_id())
+    del stage.aws._instances.by_id[forgotten.instance_id]
+    assert await Ending(launcher).run_once() == 2
+    states = {row.id: row.state for row in await stage.tenant.rows("SELECT id, state FROM launch_attempts")}
+    assert states == {stranger.id: "terminating", forgotten.id: "terminated", ours.id: "terminated"}
+    assert _state(stage, stranger.instance_id) == "running"
+
+
+async def test_a_node_that_ec2_and_its_agent_forgot_is_found_by_the_poll(stage: Stage, launcher: Launcher) -> None:
+    await stage.launch_nodes()
+    lost, young = await stage.tenant.node(), await stage.tenant.node()
+    await stage.tenant.rows(
+        "UPDATE nodes SET created_at = now() - interval '1 day', last_seen_at = now() - interval '12 minutes' "
+        "WHERE instance_id = :i RETURNING 1",
+        i=lost,
+    )
+    assert await missed.run_once(launcher) == 1
+    found = await stage.tenant.row("SELECT * FROM interruptions")
+    assert (found.instance_id, found.detected_by, found.instance_gone_at is not None) == (lost, ["poll"], True)
+    node = await stage.tenant.row("SELECT * FROM nodes WHERE instance_id = :i", i=young)
+    assert node.terminated_at is None
+
+
+def test_in_the_wrong_account_nothing_has_vanished() -> None:
+    seen = datetime(2026, 1, 1, tzinfo=UTC)
+    assert missed.vanished({}, {"i-0123456789abcdef0": seen}) == []
+    assert missed.vanished({"i-other": {}}, {"i-0123456789abcdef0": seen}) == [("i-0123456789abcdef0", seen)]
+
+
+async def test_an_account_that_does_not_answer_does_not_delay_the_polls_of_others(
+    stage: Stage, launcher: Launcher
+) -> None:
+    others = []
+    for _ in range(8):
+        other = await create_tenant(stage.db)
+        row = await other.row("SELECT external_id FROM customers WHERE id = :customer_id")
+        account = stage.aws.add_account(other.account_id, external_id=str(row.external_id))
+        await other.rows(
+            "UPDATE customers SET aws_role_arn = :r WHERE id = :customer_id RETURNING 1", r=account.role_arn
+        )
+        others.append(other)
+    silent = others[0].account_id
+    stage.aws.inject(Fault("hang", action="DescribeSpotInstanceRequests", account_id=silent, seconds=3.0, count=None))
+    began = time.monotonic()
+    rounds = asyncio.create_task(missed.run_once(launcher))
+
+    async def eight_polled() -> bool:
+        polled = await stage.tenant.rows("SELECT 1 FROM intake_health WHERE detector = 'poll' AND state = 'ok'")
+        return len(polled) == 8
+
+    await stage.until(eight_polled, 10)
+    assert time.monotonic() - began < 2.5
+    await rounds

@@ -267,6 +267,37 @@ class AdoptedInstance(Base):
     adopted_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class LifecycleAction(Base):
+    """A lifecycle hook of an Auto Scaling group that waits for our answer. ``token`` is the group's own name of it.
+
+    ``left``: nobody's, or too late; the group's time-out decides.
+    """
+
+    __tablename__ = "lifecycle_actions"
+    __table_args__ = (
+        CheckConstraint(one_of("transition", "launching", "terminating"), name="transition"),
+        CheckConstraint(one_of("state", "open", "completed", "left"), name="state"),
+        Index("ix_lifecycle_actions_open", "next_action_at", postgresql_where=text("state = 'open'")),
+        Index("ix_lifecycle_actions_interruption", "interruption_id"),
+    )
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
+    token: Mapped[str] = mapped_column(primary_key=True)
+    region: Mapped[str]
+    group_name: Mapped[str]
+    hook_name: Mapped[str]
+    instance_id: Mapped[str]
+    transition: Mapped[str]
+    interruption_id: Mapped[UUID | None]
+    state: Mapped[str] = mapped_column(server_default="open")
+    reason: Mapped[str | None]
+    heartbeats: Mapped[int] = mapped_column(server_default="0")
+    heartbeat_at: Mapped[datetime | None]
+    received_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    next_action_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+
+
 class LaunchBatch(HasId, HasCreatedAt, Base):
     """One RunInstances call, frozen before it is made: the ClientToken and the request are re-sent byte for byte."""
 
@@ -280,6 +311,7 @@ class LaunchBatch(HasId, HasCreatedAt, Base):
         CheckConstraint("length(client_token) BETWEEN 1 AND 64", name="client_token_length"),
         CheckConstraint(one_of("state", "calling", "unknown", "answered", "failed", "abandoned"), name="state"),
         Index("ix_launch_batches_work", "next_action_at", postgresql_where=text("state IN ('calling', 'unknown')")),
+        Index("ix_launch_batches_recent", "customer_id", "created_at"),
     )
 
     customer_id: Mapped[UUID]

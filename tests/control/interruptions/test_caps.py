@@ -1,0 +1,139 @@
+"""Customers' caps of launches: counted and spent in one transaction, whoever launches; and the pace of a storm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+
+from control.gateways.aws import AwsGateway
+from control.interruptions.caps import Caps
+from control.interruptions.choosing import Pool
+from control.interruptions.launching import Launcher, storm_pause
+from control.interruptions.runtime import Runtime
+from control.interruptions.service import Received, ingest
+from control.sandbox.aws.faults import Fault
+from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from warehouse.contracts import EventSource
+from warehouse.postgres.models import new_id
+
+
+@pytest.fixture
+async def launchers(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Launcher]]:
+    """The launch loops of four workers, turned by hand."""
+    keys = stage.aws.credentials()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
+    aws = AwsGateway(endpoint_url=stage.aws.url)
+    yield [Launcher(Runtime(stage.db, stage.db, aws, stage.bells, f"w{n}", DEPLOYMENT)) for n in range(4)]
+    await aws.close()
+
+
+async def _clusters(stage: Stage, count: int) -> list:
+    """More clusters of the same customer, each with a node that was launched like the stage's."""
+    ids = []
+    for number in range(count):
+        ids.append(new_id())
+        await stage.tenant.rows(
+            "INSERT INTO clusters (id, customer_id, cluster_name, region, status) "
+            "VALUES (:id, :customer_id, :name, 'us-east-1', 'active') RETURNING 1",
+            id=ids[-1],
+            name=f"more-{number}",
+        )
+    return ids
+
+
+async def _warn(stage: Stage, instances: list[str]) -> None:
+    messages = [Received(json.dumps(stage.tenant.warning(i)), EventSource.SQS) for i in instances]
+    await ingest(stage.db, await stage.tenant.facts(), messages)
+
+
+def test_each_cap_refuses_and_says_which() -> None:
+    priced = Pool("m5.large", "us-east-1b", "spot", 0.04)
+    count = Caps.of({"max_launches_per_hour": 2}, 1, 0.0)
+    assert count.take(priced) is None
+    assert "max_launches_per_hour is 2" in str(count.take(priced))
+    money = Caps.of({"max_hourly_spend_usd": 0.1}, 0, 0.03)
+    assert money.take(priced) is None
+    assert "max_hourly_spend_usd is 0.1" in str(money.take(priced))
+    assert "no price" in str(Caps.of({"max_hourly_spend_usd": 0.1}, 0, 0.0).take(Pool("m5.large", "z", "spot")))
+    free = Caps.of({}, 5, 100.0)
+    assert free.take(priced) is None
+    assert free.take(Pool("m5.large", "z", "spot")) is None
+
+
+async def test_a_cap_holds_over_workers_clusters_and_unanswered_calls(stage: Stage, launchers: list[Launcher]) -> None:
+    await stage.tenant.config("max_launches_per_hour", 5)
+    instances = await stage.launch_nodes(12)
+    for number, cluster in enumerate(await _clusters(stage, 3)):
+        await stage.tenant.rows(
+            "UPDATE nodes SET cluster_id = :cluster WHERE instance_id = ANY(:ids) RETURNING 1",
+            cluster=cluster,
+            ids=instances[number * 3 : number * 3 + 3],
+        )
+    # No answer ever comes: what is under way counts as launched.
+    stage.aws.inject(Fault("drop_after", action="RunInstances", count=None))
+    await _warn(stage, instances)
+    for _ in range(3):
+        await asyncio.gather(*(launcher.plan_round() for launcher in launchers))
+        await asyncio.gather(*(launcher.finish_calls(10) for launcher in launchers))
+        await stage.tenant.rows("UPDATE launch_intents SET next_action_at = now() RETURNING 1")
+    assert len(stage.ours()) == 5
+    held = await stage.tenant.rows("SELECT reason FROM launch_intents WHERE state = 'planned'")
+    assert len(held) == 7
+    assert all("max_launches_per_hour is 5" in row.reason for row in held)
+
+
+async def test_a_cap_in_money_lets_through_what_fits(stage: Stage, launchers: list[Launcher]) -> None:
+    # Two Spot nodes at 0.0344 to 0.0384 USD per hour fit, a third does not.
+    await stage.tenant.config("max_hourly_spend_usd", 0.1)
+    await _warn(stage, await stage.launch_nodes(4))
+    await launchers[0].plan_round()
+    await launchers[0].finish_calls(10)
+    assert len(stage.ours()) == 2
+    reasons = await stage.tenant.rows("SELECT reason FROM launch_intents WHERE state = 'planned'")
+    assert all("max_hourly_spend_usd" in row.reason for row in reasons)
+
+
+def test_a_storm_is_paced_by_the_accounts_calls() -> None:
+    assert storm_pause(15, 0.5) == 0.0
+    assert storm_pause(1000, None) == 0.0
+    assert storm_pause(16, 3.0) == pytest.approx(5.0)
+    assert storm_pause(60, 3.0) == pytest.approx(17.0)
+    assert storm_pause(60, 30.0) == 0.0
+
+
+async def test_one_storm_is_one_call_per_pool(stage: Stage, launchers: list[Launcher]) -> None:
+    await _warn(stage, await stage.launch_nodes(45))
+    await launchers[0].plan_round()
+    await launchers[0].finish_calls(10)
+    calls = [call for call in stage.aws.history(action="RunInstances") if call["params"].get("ClientToken")]
+    pools = {(c["params"]["InstanceType"], c["params"]["Placement"]["AvailabilityZone"]) for c in calls}
+    assert len(stage.ours()) == 45
+    assert len(calls) == len(pools) <= 3
+
+
+async def test_an_account_that_does_not_answer_holds_up_nobody_else(
+    stage: Stage, launchers: list[Launcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("control.interruptions.launching.ROUND_SECONDS", 0.3)
+    (quick,) = await stage.launch_nodes()
+    await _warn(stage, [quick])
+    await launchers[0].plan_round()
+    await launchers[0].finish_calls(10)
+    assert len(stage.ours()) == 1
+
+    slow = await stage.tenant.node("i-0aaaabbbbccccdddd")
+    (cluster,) = await _clusters(stage, 1)
+    await stage.tenant.rows("UPDATE nodes SET cluster_id = :c WHERE instance_id = :i RETURNING 1", c=cluster, i=slow)
+    stage.aws.inject(Fault("hang", action="DescribeInstances", match={"Filter": slow}, seconds=2.0, count=None))
+    (second,) = await stage.launch_nodes()
+    await _warn(stage, [slow, second])
+    await asyncio.wait_for(launchers[0].plan_round(), 1.5)
+    planned = await stage.tenant.rows(
+        "SELECT requirements ->> 'instance_id' AS i FROM launch_intents l JOIN launch_attempts a ON a.intent_id = l.id"
+    )
+    assert {row.i for row in planned} == {quick, second}
+    await launchers[0].finish_calls(10)
