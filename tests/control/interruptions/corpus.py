@@ -39,3 +39,28 @@ def _body(name: str, expect: dict[str, Any]) -> bytes:
     if recipe := expect.get("generate"):
         return (recipe["before"] + recipe["repeat"] * recipe["times"] + recipe["after"]).encode()
     return (FOLDER / name).read_bytes()
+
+
+SCENARIOS = Path(__file__).resolve().parents[2] / "corpus" / "scenarios"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Several messages, what the world does between them, and what must have become of it."""
+
+    name: str
+    title: str
+    nodes: dict[str, dict[str, Any]]
+    steps: list[dict[str, Any]]
+    expect: dict[str, Any]
+    unit: bool = True
+    end_to_end: bool = True
+    slow: bool = False
+    neighbours: bool = True
+    why_not_unit: str = ""
+    why_not_end_to_end: str = ""
+
+
+def scenarios() -> list[Scenario]:
+    """All scenarios, one file each."""
+    return [Scenario(path.stem, **json.loads(path.read_text())) for path in sorted(SCENARIOS.glob("*.json"))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -18,20 +19,21 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import text
 
-from control.agents.repository import lease_tasks, record_report
+from control.agents import repository as tasks
 from control.bus.bells import Bells
 from control.gateways.aws import AwsGateway, Credentials
 from control.interruptions.repository import insert_rows
 from control.sandbox.aws.instances import Instance
 from control.sandbox.aws.server import SandboxAWS, SandboxConfig
 from tests.control.interruptions.tenants import Tenant, create_tenant
+from tests.control.interruptions.workers import REPOSITORY, Worker, Zygote
 from warehouse.contracts import OptimizationTask, TaskResult, TaskStatus
 from warehouse.postgres.models import new_id
 from warehouse.postgres.session import Database
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 DEPLOYMENT = "test-deployment"
 # vCPUs, GiB, USD per hour On-Demand.
 TYPES = {
@@ -53,9 +55,11 @@ class Stage:
     database_url: str
     redis_url: str
     log_folder: Path
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    zygote: Zygote | None = None
+    workers: list[Worker] = field(default_factory=list)
     leased: dict[UUID, float] = field(default_factory=dict)
     agent_works: bool = True
+    nodes_join: bool = True
     join_seconds: float = 0.2
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -162,9 +166,11 @@ class Stage:
         while True:
             instance = await started.get()
             ours = instance.tags.get("cloudoptim:managed") == DEPLOYMENT
-            if not ours or instance.instance_id in self.tenant.instances:
+            if not ours or not self.nodes_join or instance.instance_id in self.tenant.instances:
                 continue
             await asyncio.sleep(self.join_seconds)
+            if instance.instance_id not in {found.instance_id for found in self.ours(alive=True)}:
+                continue
             await self.tenant.node(
                 instance.instance_id,
                 instance_type=instance.instance_type,
@@ -176,16 +182,16 @@ class Stage:
         """A good agent: long polls by bell, drains in no time, reports until it is accepted."""
         async with self.bells.listen("tasks", self.tenant.cluster_id) as bell:
             while True:
-                tasks = await self._lease() if self.agent_works else []
-                for task in tasks:
+                leased = await self._lease() if self.agent_works else []
+                for task in leased:
                     self.leased.setdefault(task.task_id, time.time())
                     await self._report(task)
-                if not tasks:
+                if not leased:
                     await bell.wait(0.5)
 
     async def _lease(self) -> list[OptimizationTask]:
         async with self.db.tenant(self.tenant.customer_id) as conn:
-            return await lease_tasks(
+            return await tasks.lease_tasks(
                 conn, cluster_id=self.tenant.cluster_id, agent="agent", limit=50, understands=["drain_node"]
             )
 
@@ -194,7 +200,7 @@ class Stage:
             lease_epoch=task.lease_epoch, report_id=new_id(), status=TaskStatus.DONE, detail={"cordoned": True}
         )
         async with self.db.tenant(self.tenant.customer_id) as conn:
-            await record_report(conn, cluster_id=self.tenant.cluster_id, task_id=task.task_id, report=report)
+            await tasks.record_report(conn, cluster_id=self.tenant.cluster_id, task_id=task.task_id, report=report)
         await self.bells.ring("interruptions")
 
     async def pause(self) -> None:
@@ -208,32 +214,46 @@ class Stage:
         """Start agent and joining (again)."""
         self._tasks = [asyncio.create_task(self._agent()), asyncio.create_task(self._join_replacements())]
 
+    async def add_customer(self) -> Tenant:
+        """Another customer with an account, a role and a queue of its own; no agent works for it."""
+        tenant = await create_tenant(self.db)
+        await connect(self.aws, tenant)
+        return tenant
+
     # --- our processes
 
-    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
-        """A worker process; its log is a file in ``log_folder``."""
+    def start_worker(self, **environment: str) -> Worker:
+        """A worker process; its log is a file in ``log_folder``.
+
+        Forked in milliseconds where the stage has a zygote. With an environment of its own it is started afresh: the
+        loader and the interpreter read theirs before anything else.
+        """
         keys = self.aws.credentials()
-        log = (self.log_folder / f"worker-{len(self.workers)}.log").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "control.worker"],
-            cwd=REPOSITORY,
-            env={
-                "PATH": os.environ["PATH"],
-                "DATABASE_URL": self.database_url,
-                "REDIS_URL": self.redis_url,
-                "AWS_ENDPOINT_URL": self.aws.url,
-                "AWS_ACCESS_KEY_ID": keys.access_key_id,
-                "AWS_SECRET_ACCESS_KEY": keys.secret_access_key,
-                "AWS_REGION": "us-east-1",
-                "CLOUDOPTIM_DEPLOYMENT_ID": DEPLOYMENT,
-                "CLOUDOPTIM_WORKER_METRICS_PORT": "0",
-                "CLOUDOPTIM_HOME": str(self.log_folder),
-            }
-            | environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        log.close()
+        path = self.log_folder / f"worker-{len(self.workers)}.log"
+        own = {
+            "PATH": os.environ["PATH"],
+            "DATABASE_URL": self.database_url,
+            "REDIS_URL": self.redis_url,
+            "AWS_ENDPOINT_URL": self.aws.url,
+            "AWS_ACCESS_KEY_ID": keys.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": keys.secret_access_key,
+            "AWS_REGION": "us-east-1",
+            "CLOUDOPTIM_DEPLOYMENT_ID": DEPLOYMENT,
+            "CLOUDOPTIM_WORKER_METRICS_PORT": "0",
+            "CLOUDOPTIM_HOME": str(self.log_folder),
+        }
+        process: Worker
+        if self.zygote is not None and not environment:
+            process = self.zygote.fork(own, path)
+        else:
+            with path.open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "control.worker"],
+                    cwd=REPOSITORY,
+                    env=own | environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
         self.workers.append(process)
         return process
 
@@ -247,6 +267,31 @@ class Stage:
     def logs(self) -> str:
         """The workers' logs, for a failing test."""
         return "\n".join(path.read_text()[-4000:] for path in sorted(self.log_folder.glob("worker-*.log")))
+
+    # --- time that passes, without waiting for it
+
+    def redeliver(self) -> None:
+        """The visibility timeout is over: what was received and not deleted is visible again."""
+        queue = self.aws._queue(self.queue)
+        for message in list(queue.by_id.values()):
+            if message.visible_at > time.time():
+                self.aws._sqs.change_visibility(queue, f"{message.id}:{message.receipt}", 0)
+
+    async def pass_leases(self) -> None:
+        """Leases of launches have run out, and calls without an answer are due again."""
+        for table in ("launch_batches", "launch_intents"):
+            await self.tenant.rows(
+                f"UPDATE {table} SET lease_until = now(), next_action_at = least(next_action_at, now()) "
+                "WHERE customer_id = :customer_id RETURNING 1"
+            )
+
+    async def pass_rounds(self) -> None:
+        """The minute, or less, between two rounds that ask the cloud or end instances is over."""
+        await self.tenant.rows("UPDATE round_claims SET claimed_until = now() RETURNING 1")
+
+    def calls(self, action: str | None = None) -> list[dict[str, Any]]:
+        """What the customer's account was asked, oldest first."""
+        return [entry for entry in self.aws.history(action=action) if entry["account"] == self.tenant.account_id]
 
     # --- looking
 
@@ -276,24 +321,35 @@ class Stage:
             await asyncio.sleep(0.05)
 
 
+async def connect(aws: SandboxAWS, tenant: Tenant) -> None:
+    """Give a customer its account, role and queue."""
+    external_id = (await tenant.row("SELECT external_id FROM customers WHERE id = :customer_id")).external_id
+    account = aws.add_account(tenant.account_id, external_id=str(external_id))
+    async with tenant.db.system() as conn:
+        await conn.execute(
+            text("UPDATE customers SET aws_role_arn = :role, sqs_queue_url = :queue WHERE id = :id"),
+            {"role": account.role_arn, "queue": account.queue_url, "id": tenant.customer_id},
+        )
+
+
 @asynccontextmanager
 async def stage(
-    database_url: str, redis_url: str, log_folder: Path, *, config: SandboxConfig | None = None
+    database_url: str,
+    redis_url: str,
+    log_folder: Path,
+    *,
+    config: SandboxConfig | None = None,
+    zygote: Zygote | None = None,
+    **values: Any,
 ) -> AsyncIterator[Stage]:
-    """A stage with its sandbox and agent running; workers are started by the test."""
+    """A stage with its sandbox and agent running; workers are started by the test. ``values`` are the customer's."""
     db = Database(database_url, pool_size=6, max_overflow=6, pool_timeout=30)
     bells = Bells(redis_url)
     await bells.start()
     async with SandboxAWS(config) as aws:
-        tenant = await create_tenant(db)
-        external_id = (await tenant.row("SELECT external_id FROM customers WHERE id = :customer_id")).external_id
-        account = aws.add_account(tenant.account_id, external_id=str(external_id))
-        async with db.system() as conn:
-            await conn.execute(
-                text("UPDATE customers SET aws_role_arn = :role, sqs_queue_url = :queue WHERE id = :id"),
-                {"role": account.role_arn, "queue": account.queue_url, "id": tenant.customer_id},
-            )
-        found = Stage(aws, db, bells, tenant, database_url, redis_url, log_folder)
+        tenant = await create_tenant(db, **values)
+        await connect(aws, tenant)
+        found = Stage(aws, db, bells, tenant, database_url, redis_url, log_folder, zygote)
         await found.ingest_prices()
         await found.resume()
         try:
@@ -307,8 +363,75 @@ async def stage(
             await db.close()
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Worker) -> None:
     """SIGKILL, and wait for the end."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGKILL)
     process.wait(10)
+
+
+_gates = itertools.count(1)
+
+
+class Gate:
+    """A transaction held in the middle of its COMMIT, by the database itself.
+
+    A deferred trigger runs when the client has sent COMMIT and waits there for a lock that the test has. A client
+    killed meanwhile never learns what became of it; the test decides that.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], key: int) -> None:
+        self._connection, self._key = connection, key
+        self._open = False
+
+    async def _waiting(self) -> list[int]:
+        found = await self._connection.execute(
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = 4711 AND objid = %s AND NOT granted",
+            (self._key,),
+        )
+        return [row[0] for row in await found.fetchall()]
+
+    async def reached(self, seconds: float = 15.0) -> None:
+        """Wait until a transaction is held."""
+        async with asyncio.timeout(seconds):
+            while not await self._waiting():  # noqa: ASYNC110 - the database's doing
+                await asyncio.sleep(0.01)
+
+    async def commit(self) -> None:
+        """Let it go: the transaction is committed, whoever may still be there to learn of it."""
+        held = await self._waiting()
+        self._open = True
+        await self._connection.execute("SELECT pg_advisory_unlock(4711, %s)", (self._key,))
+        busy = "SELECT 1 FROM pg_stat_activity WHERE pid = ANY(%s) AND state = 'active' AND backend_xid IS NOT NULL"
+        async with asyncio.timeout(10):
+            while await (await self._connection.execute(busy, (held,))).fetchall():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async def roll_back(self) -> None:
+        """Its connection is lost before the commit: nothing of it is there."""
+        for pid in await self._waiting():
+            await self._connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        self._open = True
+        await self._connection.execute("SELECT pg_advisory_unlock(4711, %s)", (self._key,))
+
+
+@asynccontextmanager
+async def gate(database_url: str, table: str, when: str, *, on: str = "INSERT") -> AsyncIterator[Gate]:
+    """Hold the next transactions with a row of ``table`` for which ``when`` (about NEW and OLD) is true."""
+    key = next(_gates)
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        await connection.execute("SELECT pg_advisory_lock(4711, %s)", (key,))
+        await connection.execute(f"""
+            CREATE FUNCTION gate_{key}() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN PERFORM pg_advisory_xact_lock_shared(4711, {key}); RETURN NULL; END $$""")
+        await connection.execute(f"""
+            CREATE CONSTRAINT TRIGGER gate_{key} AFTER {on} ON {table} DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION gate_{key}()""")
+        held = Gate(connection, key)
+        try:
+            yield held
+        finally:
+            if not held._open:
+                await held.commit()
+            await connection.execute(f"DROP TRIGGER gate_{key} ON {table}")
+            await connection.execute(f"DROP FUNCTION gate_{key}()")

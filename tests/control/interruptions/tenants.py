@@ -95,7 +95,8 @@ class Tenant:
 
 
 async def create_tenant(db: Database, *, region: str = "us-east-1", **values: Any) -> Tenant:
-    tenant = Tenant(db, new_id(), new_id(), f"{next(_numbers) + 100_000_000_000}", region)
+    account_id = values.get("aws_account_id") or f"{next(_numbers) + 100_000_000_000}"
+    tenant = Tenant(db, new_id(), new_id(), account_id, region)
     customer = {
         "id": tenant.customer_id,
         "company_name": "Test",

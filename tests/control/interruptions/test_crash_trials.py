@@ -1,9 +1,7 @@
-"""Seeded trials: workers killed again and again while answers get lost; afterwards everything is there exactly once.
+"""Seeded trials (see ``trials``), and the proof that they would notice.
 
-    .venv/bin/pytest -m crash tests/control/interruptions --override-ini=timeout=0
-    CRASH_TRIALS=1000 CRASH_SEED=7 .venv/bin/pytest -m crash tests/control/interruptions/test_crash_trials.py
-
-A trial is one warning whose worker is killed at a random call, before or after it was applied or answered.
+.venv/bin/pytest -m crash tests/control/interruptions -s
+CRASH_TRIALS=1000 CRASH_SEED=7 .venv/bin/pytest -m crash tests/control/interruptions/test_crash_trials.py -s
 """
 
 from __future__ import annotations
@@ -12,71 +10,81 @@ import asyncio
 import os
 import random
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from control.embedded import EmbeddedPostgres
 from control.sandbox.aws.faults import Fault
 from control.sandbox.aws.server import SandboxConfig
-from tests.control.interruptions.harness import Stage, kill
+from tests.conftest import _copy_template
+from tests.control.interruptions import mutations
+from tests.control.interruptions.harness import Stage
 from tests.control.interruptions.harness import stage as open_stage
 from tests.control.interruptions.test_killed_workers import exactly_one_of_everything
+from tests.control.interruptions.trials import Summary, Trials, run_lanes
+from tests.control.interruptions.workers import Zygote
 
-ACTIONS = ("ReceiveMessage", "DeleteMessageBatch", "RunInstances", "AssumeRole", "DescribeInstances")
-MOMENTS = ("before", "applied", "answered")
-LOST_ANSWERS = 0.10
-WORKERS = 2
-
-
-async def run_trials(stage: Stage, trials: int, seed: int) -> None:
-    rng = random.Random(seed)
-    # The customer's own machines first: the faults are for our calls.
-    instances = [i for start in range(0, trials, 50) for i in await stage.launch_nodes(min(50, trials - start))]
-    stage.aws.inject(Fault("drop_after", action="RunInstances", probability=LOST_ANSWERS, seed=seed, count=None))
-    stage.aws.inject(Fault("drop_after", action="DeleteMessageBatch", probability=LOST_ANSWERS, seed=seed, count=None))
-    alive = [stage.start_worker() for _ in range(WORKERS)]
-    kills = 0
-    for instance in instances:
-        victim = rng.randrange(WORKERS)
-        fault = Fault(
-            "signal",
-            action=rng.choice(ACTIONS),
-            pid=alive[victim].pid,
-            moment=rng.choice(MOMENTS),  # type: ignore[arg-type]
-            nth=rng.randint(1, 2),
-        )
-        stage.aws.inject(fault)
-        stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
-        try:
-            await asyncio.wait_for(asyncio.to_thread(alive[victim].wait, 1.5), 3)
-        except Exception:
-            # The call it waited for did not come: any moment is as good.
-            kill(alive[victim])
-        stage.aws.clear_faults(fault.id)
-        kills += 1
-        alive[victim] = stage.start_worker()
-    assert kills == trials
-    rows = await stage.closed(trials, 300)
-    assert Counter(row.outcome for row in rows) == {"handled": trials}, f"seed {seed}"
-    assert await exactly_one_of_everything(stage) == [], f"seed {seed}"
-    assert stage.aws.queue_depth(stage.queue)[0] == 0
-    foreign = [
-        entry
-        for entry in stage.aws.history(action="TerminateInstances")
-        if not set(entry["params"].get("InstanceId", [])) <= {i.instance_id for i in stage.ours()}
-    ]
-    assert foreign == []
+LANES = 3
+SMALL_TRIALS = 24
+SMALL_SEED = 5
 
 
 @pytest.mark.crash
 @pytest.mark.timeout(0)
-async def test_killed_again_and_again(database_url: str, clean_redis_url: str, tmp_path: Path) -> None:
+async def test_killed_again_and_again(
+    postgres_server: EmbeddedPostgres, clean_redis_url: str, tmp_path: Path, zygote: Zygote
+) -> None:
     seed = int(os.environ.get("CRASH_SEED", random.randrange(1 << 32)))
     trials = int(os.environ.get("CRASH_TRIALS", "60"))
-    config = SandboxConfig(visibility_delay_seconds=(0.0, 5.0), describe_page_size=5)
-    async with open_stage(database_url, clean_redis_url, tmp_path, config=config) as stage:
-        await run_trials(stage, trials, seed)
+    names = [f"lane_{number}" for number in range(LANES)]
+    for name in names:
+        _copy_template(postgres_server, name)
+    urls = [postgres_server.url(name) for name in names]
+    summary = await run_lanes(trials, seed, urls, clean_redis_url, tmp_path, zygote)
+    print(f"\n{summary}; seed {seed}")  # noqa: T201
+    assert summary.kills == trials
+    assert summary.violations() == {}, f"seed {seed}"
+
+
+async def small_run(database_url: str, redis_url: str, folder: Path, zygote: Zygote, trials: int) -> Summary:
+    config = SandboxConfig(visibility_delay_seconds=(0.0, 0.5), describe_page_size=5)
+    async with open_stage(database_url, redis_url, folder, config=config, zygote=zygote) as stage:
+        return await Trials(stage, SMALL_SEED, workers=1, hurry=True, settle_seconds=40.0).run(trials)
+
+
+async def test_a_few_trials_in_a_hurry(database_url: str, clean_redis_url: str, tmp_path: Path, zygote: Zygote) -> None:
+    summary = await small_run(database_url, clean_redis_url, tmp_path, zygote, 6)
+    print(f"\n{summary}")  # noqa: T201
+    assert summary.violations() == {}
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("mutation", [None, *mutations.MUTATIONS])
+async def test_the_same_suite_fails_when_a_guarantee_is_taken_away(
+    mutation: str | None,
+    database_url: str,
+    clean_redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A naive launcher and each of the seven mutations; without one the same run finds nothing."""
+    mutated = Zygote(mutation)
+    if mutation is not None:
+        mutations.MUTATIONS[mutation](monkeypatch)
+    try:
+        config = SandboxConfig(visibility_delay_seconds=(0.0, 0.5), describe_page_size=5)
+        async with open_stage(database_url, clean_redis_url, tmp_path, config=config, zygote=mutated) as stage:
+            if mutation in mutations.DATABASES:
+                async with stage.db.engine.begin() as conn:
+                    await conn.execute(text(mutations.DATABASES[mutation]))
+            trials = Trials(stage, SMALL_SEED, workers=1, hurry=True, settle_seconds=40.0)
+            summary = await trials.run(SMALL_TRIALS)
+    finally:
+        mutated.close()
+    print(f"\n{mutation}: {summary}; {summary.violations()}")  # noqa: T201
+    assert bool(summary.violations()) is (mutation is not None)
 
 
 @pytest.mark.crash

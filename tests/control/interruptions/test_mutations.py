@@ -1,46 +1,36 @@
 """The checks can fail: each guarantee is taken away, and the scenario that guards it must notice.
 
-Every scenario answers with what it found wrong; without the mutation that is nothing.
+Every scenario answers with what it found wrong; without the mutation that is nothing. The kill -9 trials are run
+against the same mutations in test_crash_trials.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from control.gateways.aws import AwsGateway
+from control.agents import repository as tasks
 from control.interruptions import intake as intake_module
-from control.interruptions import launching, parsing
 from control.interruptions.intake import QueueReader, Source
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers import missed
-from control.interruptions.runtime import Runtime
 from control.interruptions.service import Facts, Received, ingest
 from control.sandbox.aws.faults import Fault
-from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from tests.control.interruptions.harness import Stage
+from tests.control.interruptions.mutations import DATABASES, MUTATIONS
 from tests.control.interruptions.tenants import create_tenant
-from warehouse.contracts import EventSource
+from warehouse.contracts import EventSource, OptimizationTask, TaskResult, TaskStatus
 from warehouse.postgres import session
+from warehouse.postgres.models import new_id
 
 Scenario = Callable[[Stage, Launcher], Awaitable[list[str]]]
-Mutation = Callable[[pytest.MonkeyPatch, Stage], Awaitable[None]]
-
-
-@pytest.fixture
-async def launcher(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Launcher]:
-    keys = stage.aws.credentials()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
-    aws = AwsGateway(endpoint_url=stage.aws.url)
-    yield Launcher(Runtime(stage.db, stage.db, aws, stage.bells, "mutant", DEPLOYMENT))
-    await aws.close()
 
 
 # --- scenarios
@@ -83,11 +73,38 @@ async def nothing_is_deleted_that_is_not_committed(stage: Stage, launcher: Launc
             while calls == 0:  # noqa: ASYNC110 - the reader's doing
                 await asyncio.sleep(0.02)
         # A process that dies now knows nothing; the message must still be there.
-        await reader.close()
+        tasks = [*reader._receiving, *reader._finishing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     finally:
         patch.undo()
     kept = sum(stage.aws.queue_depth(stage.queue)) + len(await stage.interruptions())
     return [] if kept == 1 else ["a message is neither in the queue nor in the database"]
+
+
+async def a_late_report_changes_nothing(stage: Stage, launcher: Launcher) -> list[str]:
+    stage.agent_works = False
+    await stage.pause()
+    node = await stage.tenant.node()
+    message = Received(json.dumps(stage.tenant.warning(node)), EventSource.SQS)
+    await ingest(stage.db, await stage.tenant.facts(), [message])
+
+    async def lease(agent: str) -> OptimizationTask:
+        async with stage.db.tenant(stage.tenant.customer_id) as conn:
+            (task,) = await tasks.lease_tasks(
+                conn, cluster_id=stage.tenant.cluster_id, agent=agent, limit=1, understands=["drain_node"]
+            )
+        return task
+
+    late = await lease("late")
+    await stage.tenant.rows("UPDATE agent_tasks SET lease_until = now() RETURNING 1")
+    await lease("heir")
+    report = TaskResult(lease_epoch=late.lease_epoch, report_id=new_id(), status=TaskStatus.FAILED, detail={})
+    async with stage.db.tenant(stage.tenant.customer_id) as conn:
+        await tasks.record_report(conn, cluster_id=stage.tenant.cluster_id, task_id=late.task_id, report=report)
+    task = await stage.tenant.row("SELECT state, lease_epoch FROM agent_tasks")
+    return [] if task.state == "leased" else [f"the heir's task is {task.state} by the word of the one before"]
 
 
 async def every_ended_instance_is_found(stage: Stage, launcher: Launcher) -> list[str]:
@@ -127,78 +144,20 @@ async def a_connection_carries_nothing_over(stage: Stage, launcher: Launcher) ->
     return [f"the next transaction is {left or role}"] if left or role == session.TENANT_ROLE else []
 
 
-# --- mutations
-
-
-async def no_client_token(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    original = launching.run_instances_request
-
-    def without_token(*args: Any, **options: Any) -> str:
-        request = json.loads(original(*args, **options))
-        del request["ClientToken"]
-        return json.dumps(request)
-
-    patch.setattr(launching, "run_instances_request", without_token)
-
-
-async def naive_launcher(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    """A new token for every call, as code that keeps nothing has it."""
-    original = Launcher.call
-
-    async def call(self: Launcher, batch: Any, cluster: Any) -> None:
-        from dataclasses import replace
-
-        request = json.loads(batch.request_json) | {"ClientToken": launching.client_token()}
-        await original(self, replace(batch, request_json=json.dumps(request)), cluster)
-
-    patch.setattr(Launcher, "call", call)
-
-
-async def delete_before_commit(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    original = QueueReader._take_in
-
-    async def take_in(self: QueueReader, batch: Any) -> None:
-        await self._delete([message.receipt_handle for message in batch])
-        await original(self, batch)
-
-    patch.setattr(QueueReader, "_take_in", take_in)
-
-
-async def no_pagination(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    async def first_page(self: AwsGateway, service: str, operation: str, parameters: Any, result: str, **options: Any):
-        page = await self.call(service, operation, parameters, **options)
-        for item in page.get(result, []):
-            yield item
-
-    patch.setattr(AwsGateway, "pages", first_page)
-
-
-async def trusted_body(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    patch.setattr(parsing, "_origin", lambda document, *_: (document["account"], document["region"]))
-
-
-async def no_row_level_security(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    async with stage.db.engine.begin() as conn:
-        await conn.execute(text("ALTER TABLE interruptions DISABLE ROW LEVEL SECURITY"))
-
-
-async def set_instead_of_set_local(patch: pytest.MonkeyPatch, stage: Stage) -> None:
-    patch.setattr(
-        session,
-        "_SCOPE",
-        text("SELECT set_config('role', :role, false), set_config('app.customer_id', :customer_id, false)"),
-    )
-
-
-GUARDS: list[tuple[Scenario, Mutation]] = [
-    (one_instance_after_a_lost_answer, no_client_token),
-    (one_instance_after_a_lost_answer, naive_launcher),
-    (nothing_is_deleted_that_is_not_committed, delete_before_commit),
-    (every_ended_instance_is_found, no_pagination),
-    (a_foreign_account_is_refused, trusted_body),
-    (a_tenant_sees_its_own_only, no_row_level_security),
-    (a_connection_carries_nothing_over, set_instead_of_set_local),
+GUARDS: list[tuple[Scenario, str]] = [
+    (one_instance_after_a_lost_answer, "no_client_token"),
+    (one_instance_after_a_lost_answer, "naive_launcher"),
+    (nothing_is_deleted_that_is_not_committed, "delete_before_commit"),
+    (a_late_report_changes_nothing, "no_epoch_check"),
+    (every_ended_instance_is_found, "no_pagination"),
+    (a_foreign_account_is_refused, "trusted_body"),
+    (a_tenant_sees_its_own_only, "no_row_level_security"),
+    (a_connection_carries_nothing_over, "set_instead_of_set_local"),
 ]
+
+
+def test_every_mutation_has_its_guard() -> None:
+    assert {name for _, name in GUARDS} == set(MUTATIONS)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +167,12 @@ async def test_the_guarantee_holds(stage: Stage, launcher: Launcher, scenario: S
     assert await scenario(stage, launcher) == []
 
 
-@pytest.mark.parametrize(("scenario", "mutation"), GUARDS, ids=lambda value: value.__name__)
+@pytest.mark.parametrize(("scenario", "mutation"), GUARDS, ids=lambda value: getattr(value, "__name__", value))
 async def test_without_it_the_check_fails(
-    stage: Stage, launcher: Launcher, monkeypatch: pytest.MonkeyPatch, scenario: Scenario, mutation: Mutation
+    stage: Stage, launcher: Launcher, monkeypatch: pytest.MonkeyPatch, scenario: Scenario, mutation: str
 ) -> None:
-    await mutation(monkeypatch, stage)
+    MUTATIONS[mutation](monkeypatch)
+    if mutation in DATABASES:
+        async with stage.db.engine.begin() as conn:
+            await conn.execute(text(DATABASES[mutation]))
     assert await scenario(stage, launcher) != []
