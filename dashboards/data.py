@@ -975,7 +975,8 @@ NODES_SQL = f"""
 """
 
 COVERAGE_SQL = """
-    SELECT table_name, day, coalesce(c.expected, 0) AS expected, coalesce(c.present, 0) AS present,
+    SELECT table_name, day, coalesce(c.expected, 0) + coalesce(g.never_written, 0) AS expected,
+           coalesce(c.present, 0) AS present,
            coalesce(g.missing, 0) AS missing, coalesce(g.open, 0) AS open, coalesce(g.filling, 0) AS filling,
            coalesce(g.filled, 0) AS filled, coalesce(g.unfillable, 0) AS unfillable
     FROM (
@@ -986,10 +987,14 @@ COVERAGE_SQL = """
     FULL JOIN (
         SELECT table_name, CAST(left(partition_key, 10) AS date) AS day,
                (sum(missing_points) FILTER (WHERE state <> 'filled'))::bigint AS missing,
+               (sum(missing_points) FILTER (WHERE state <> 'filled' AND NOT EXISTS (
+                   SELECT 1 FROM partition_coverage p
+                   WHERE (p.table_name, p.partition_key, p.series) = (d.table_name, d.partition_key, d.series)
+               )))::bigint AS never_written,
                count(*) FILTER (WHERE state = 'open') AS open, count(*) FILTER (WHERE state = 'filling') AS filling,
                count(*) FILTER (WHERE state = 'filled') AS filled,
                count(*) FILTER (WHERE state = 'unfillable') AS unfillable
-        FROM data_gaps WHERE gap_start >= :since AND {scope} GROUP BY 1, 2
+        FROM data_gaps d WHERE gap_start >= :since AND {scope} GROUP BY 1, 2
     ) g USING (table_name, day)
     ORDER BY table_name, day
 """

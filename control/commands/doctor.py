@@ -120,9 +120,9 @@ def _outside(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
         named = [name for name in REAL_AWS_VARIABLES if environ.get(name)]
         yield _aws(f"real, because of {', '.join(named) or 'CLOUDOPTIM_SANDBOX=0'}")
     if settings.ml_server_url:
-        yield _http("ML server", settings.ml_server_url, "the embedded advisor decides meanwhile; check ML_SERVER_URL")
+        yield _http("ML server", settings.ml_server_url, "built-in rules decide meanwhile; check ML_SERVER_URL")
     else:
-        yield Finding("ML server", "note", "ML_SERVER_URL is not set; the embedded advisor decides")
+        yield Finding("ML server", "note", "ML_SERVER_URL is not set; built-in rules decide")
 
 
 def _aws(why: str) -> Finding:

@@ -298,12 +298,12 @@ def fill_gaps(conn: Any, now: datetime, first: Fleet, second: Fleet) -> None:
     rows: list[dict[str, Any]] = []
     for index, (customer, table, series, back, hours, state) in enumerate(
         [
-            (None, "spot_prices", f"{REGION}/m6i.large", 3, 24, "open"),
-            (None, "spot_prices", f"{REGION}/c6i.xlarge", 3, 24, "open"),
-            (None, "spot_prices", f"{REGION}/r6i.xlarge", 9, 24, "filled"),
-            (first.id, "metric_5m", "production/node_cpu_usage_cores", 1, 2, "open"),
-            (first.id, "metric_5m", "production/node_memory_usage_bytes", 12, 5, "unfillable"),
-            (second.id, "metric_5m", "shop/node_cpu_usage_cores", 2, 3, "open"),
+            (None, "spot_prices", REGION, 3, 24, "open"),
+            (None, "spot_prices", REGION, 4, 24, "open"),
+            (None, "spot_prices", REGION, 9, 24, "filled"),
+            (first.id, "metric_5m", str(first.clusters["production"]), 1, 2, "open"),
+            (first.id, "metric_5m", str(first.clusters["production"]), 12, 5, "unfillable"),
+            (second.id, "metric_5m", str(second.clusters["shop"]), 2, 3, "open"),
         ]
     ):
         start = day - timedelta(days=back)

@@ -9,11 +9,12 @@ from uuid import UUID
 
 import pyarrow as pa
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert, text
 
 from dashboards.data import MAX_POINTS, CostHour, Data, DataError, LakeMissing, project, rate, saved_share
 from tests.dashboards.conftest import Seeded
 from tests.dashboards.seed import REGION, TYPES, Fleet, spot_ratio
+from warehouse.postgres.models import PartitionCoverage
 from warehouse.postgres.session import SyncDatabase
 
 NOW_RATIO = 0
@@ -66,6 +67,32 @@ def test_cost_hours_sum_the_clusters_and_mark_what_is_not_complete(data: Data, s
     for whole, *split in zip(hours, *parts, strict=True):
         assert whole.actual == sum(part.actual for part in split)
         assert whole.b1 == sum(part.b1 for part in split)
+
+
+def test_a_partition_never_written_counts_against_the_coverage(data: Data, seeded: Seeded) -> None:
+    """Its points are expected although nobody wrote down that they are missing but the gap."""
+    day = seeded.world.now.date() - timedelta(days=4)
+    database = SyncDatabase(seeded.database_url)
+    gone = {"table": "spot_prices", "key": f"{day}|{REGION}"}
+    the_partition = "WHERE table_name = :table AND partition_key = :key"
+    with database.system() as connection:
+        written = connection.execute(
+            text(
+                "DELETE FROM partition_coverage WHERE table_name = 'spot_prices' AND partition_key = :key RETURNING *"
+            ),
+            gone,
+        ).one()
+        (missing,) = connection.execute(text(f"SELECT missing_points FROM data_gaps {the_partition}"), gone).one()
+    try:
+        data.forget()
+        cells = {(row["table_name"], row["day"]): row for row in data.coverage_by_day(seeded.world.first.id, 30)}
+        cell = cells["spot_prices", day]
+        assert (cell["expected"], cell["present"], cell["missing"]) == (missing, 0, missing)
+    finally:
+        with database.system() as connection:
+            connection.execute(insert(PartitionCoverage).values(**written._mapping))
+        database.close()
+        data.forget()
 
 
 def test_no_read_of_one_customer_shows_another(data: Data, seeded: Seeded) -> None:
