@@ -20,6 +20,7 @@ import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,30 @@ def _memory(found: Stage) -> list[int]:
     return [psutil.Process(process.pid).memory_info().rss >> 20 for process in found.workers if process.poll() is None]
 
 
+@dataclass
+class Spent:
+    """CPU seconds of everybody who takes part: which of them is the bottleneck?"""
+
+    workers: float
+    postgres: float
+    generator: float
+
+    @classmethod
+    def so_far(cls, found: Stage) -> Spent:
+        own = psutil.Process().cpu_times()
+        servers = [child for child in psutil.Process().children(recursive=True) if child.name() == "postgres"]
+        postgres = sum(cpu.user + cpu.system for server in servers if (cpu := server.cpu_times()))
+        return cls(_cpu_seconds(found), postgres, own.user + own.system)
+
+    def since(self, before: Spent) -> dict[str, float]:
+        """``generator``: this process, with the doubles of SQS and EC2 in it."""
+        return {
+            "workers": round(self.workers - before.workers, 1),
+            "postgres": round(self.postgres - before.postgres, 1),
+            "generator_and_doubles": round(self.generator - before.generator, 1),
+        }
+
+
 def _cpu_seconds(found: Stage) -> float:
     times = [psutil.Process(process.pid).cpu_times() for process in found.workers if process.poll() is None]
     return sum(spent.user + spent.system for spent in times)
@@ -131,22 +156,24 @@ async def flood(found: Stage, messages: int, workers: int) -> dict[str, Any]:
     for _ in range(workers):
         found.start_worker()
     await _intake_is_on(found)
-    before, cpu_before = _memory(found), _cpu_seconds(found)
+    before, spent = _memory(found), Spent.so_far(found)
     began = time.time()
     found.aws.send_events(found.queue, bodies)
     await _until_empty(found)
     took = time.time() - began
-    cpu = _cpu_seconds(found) - cpu_before
-    row = await found.tenant.row("SELECT count(*) AS n FROM inbox_messages WHERE customer_id = :customer_id")
+    cpu = Spent.so_far(found).since(spent)
+    row = await found.tenant.row("SELECT count(*) AS n, count(DISTINCT CAST(xmin AS text)) AS commits FROM inbox_messages")
     warned = await found.tenant.row("SELECT count(*) AS n FROM interruptions WHERE customer_id = :customer_id")
     return {
         "messages": messages,
         "workers": workers,
         "committed": row.n - 1,
+        "commits": row.commits,
         "interruptions": warned.n,
         "seconds": round(took, 2),
         "messages_per_second": round(messages / took),
-        "messages_per_worker_cpu_second": round(messages / cpu),
+        "messages_per_worker_cpu_second": round(messages / cpu["workers"]),
+        "cpu_seconds": cpu,
         "worker_rss_mib_before_after": [before, _memory(found)],
     }
 

@@ -17,8 +17,9 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 TENANT_ROLE = "cloudoptim_tenant"
@@ -33,6 +34,14 @@ _SCOPE = text(
     "SELECT set_config('role', :role, true), set_config('app.customer_id', :customer_id, true), "
     f"set_config('idle_in_transaction_session_timeout', '{IDLE_SECONDS}s', true), clock_timestamp() AS at"
 )
+
+
+def _plan_afresh(connection: DBAPIConnection, _: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("SET plan_cache_mode = force_custom_plan")
+    cursor.close()
+    # Or the first transaction that is rolled back would take it along.
+    connection.commit()
 
 
 def driver_url(url: str) -> str:
@@ -91,9 +100,20 @@ class Database:
         url: libpq URL.
         pool_size: connections kept; ``max_overflow`` more may open in a burst.
         pool_timeout: seconds to wait for a connection before ``sqlalchemy.exc.TimeoutError``.
+        fresh_plans: plan prepared statements at each execution, for the size that tables have then. A plan kept from
+            when they were small reads all of a tenant's rows for every batch, until the next ANALYZE: the first storm
+            after a start is slowed down by itself. Costs a millisecond or two per large statement.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 8, max_overflow: int = 4, pool_timeout: float = 2.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 8,
+        max_overflow: int = 4,
+        pool_timeout: float = 2.0,
+        fresh_plans: bool = False,
+    ) -> None:
         self._clock = ServerClock()
         self.engine = create_async_engine(
             driver_url(url),
@@ -103,6 +123,8 @@ class Database:
             pool_pre_ping=False,
             connect_args={"connect_timeout": 5, "application_name": "cloudoptim"},
         )
+        if fresh_plans:
+            event.listen(self.engine.sync_engine, "connect", _plan_afresh)
 
     @asynccontextmanager
     async def _scope(self, role: str, customer_id: str) -> AsyncIterator[AsyncConnection]:
