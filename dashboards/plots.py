@@ -204,6 +204,8 @@ def timelines(
     plot.ygrid.visible = False
     plot.xaxis.axis_label = "seconds since the notice"
     plot.add_layout(Span(location=deadline_seconds, dimension="height", line_color=BAD, line_width=2, line_dash=[6, 4]))
+    # An annotation does not widen the range, and a deadline off the page says nothing.
+    plot.scatter(x=[deadline_seconds] * len(rows[:1]), y=list(rows[:1]), alpha=0)
     plot.hbar(
         y="row", left="start", right="end", height=0.3, source=spans, color="color", fill_alpha=0.35, line_alpha=0
     )

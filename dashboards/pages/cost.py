@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from dashboards import components as ui
 from dashboards import plots
-from dashboards.data import CostHour, Data, LakeMissing, LiveCost, project, saved_share
+from dashboards.data import HOURS_PER_MONTH, CostHour, Data, LakeMissing, LiveCost, project, saved_share
 from dashboards.shell import View, heading, live, offer, restore
 
 WINDOWS = {"48 hours": 48, "7 days": 168, "30 days": 720}
@@ -54,10 +54,15 @@ def build(view: View) -> Any:
     links = ui.inline()
     charts = ui.stack()
 
-    def drawn() -> Any:
+    def cost_card() -> Any:
         legend = {"Spot": plots.SPOT, "On-demand": plots.ON_DEMAND, f"Baseline {BASELINE}": plots.BASELINE}
+        return ui.card(
+            "Cost of each hour", trend_note, ui.html(ui.legend(legend)), plots.pane(plots.cost_hourly(hours))
+        )
+
+    def all_cards() -> Any:
         return ui.stack(
-            ui.card("Cost of each hour", trend_note, ui.html(ui.legend(legend)), plots.pane(plots.cost_hourly(hours))),
+            cost_card(),
             ui.card(
                 "Savings against B1 list",
                 plots.pane(plots.ratio_line(ratios, "ts", "ratio", "saved")),
@@ -78,8 +83,14 @@ def build(view: View) -> Any:
         ui.put(links, ui.downloads("cost", {"cluster": cluster_id and chosen.cluster, "window": chosen.window}))
         ui.put(trend_note, coverage_note(rows, span))
         plots.replace(hours, hour_columns(rows, now))
-        plots.replace(ratios, ratio_columns(rows))
-        ui.swap(charts, "charts" if rows else "nothing", drawn if rows else nothing_computed)
+        saved = ratio_columns(rows)
+        plots.replace(ratios, saved)
+        if saved["ts"]:
+            ui.swap(charts, "cost and savings", all_cards)
+        elif rows:
+            ui.swap(charts, "cost", cost_card)
+        else:
+            ui.swap(charts, "nothing", nothing_computed)
 
     refresh()
     chosen.param.watch(refresh, ["cluster", "window"])
@@ -103,8 +114,8 @@ def nothing_computed() -> Any:
     return ui.html(
         ui.empty(
             "No hour has been computed yet",
-            "Costs are computed hourly by Dagster from node hours and prices; the first rows appear after the first "
-            "full hour, or after a backfill of cluster_cost_hourly.",
+            "Dagster computes costs every five minutes from node hours and prices; the running hour appears a few "
+            "minutes after the first start, earlier days after a backfill of cluster_cost_hourly.",
         )
     )
 
@@ -120,6 +131,7 @@ def headline(cost: LiveCost, week: list[CostHour]) -> Markup:
     """The figures on top: now, baseline, savings, month, coverage."""
     saved = cost.savings
     projection = project(week)
+    month = projection.actual if projection else cost.actual and cost.actual * HOURS_PER_MONTH
     complete = [hour for hour in week if hour.complete and hour.actual is not None and hour.b1 is not None]
     actual = sum((hour.actual or Decimal() for hour in complete), Decimal())
     b1 = sum((hour.b1 or Decimal() for hour in complete), Decimal())
@@ -148,11 +160,11 @@ def headline(cost: LiveCost, week: list[CostHour]) -> Markup:
             ),
             ui.Kpi(
                 "Projected month",
-                ui.usd(projection.actual, digits=0) if projection else ui.DASH,
+                ui.usd(month, digits=0),
                 f"{ui.usd(projection.low, digits=0)} to {ui.usd(projection.high, digits=0)} · "
                 f"{projection.hours} complete h × 730"
                 if projection
-                else "needs a complete hour",
+                else "cost now × 730 h, until an hour is complete",
             ),
             ui.Kpi(
                 "Coverage now",

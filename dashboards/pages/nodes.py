@@ -110,8 +110,8 @@ def nothing_computed() -> Any:
     """In the chart's place while the lake has no hour."""
     return ui.html(
         ui.empty(
-            "No full hour has been computed yet",
-            "Dagster computes node hours hourly; the first full hour appears here.",
+            "No hour has been computed yet",
+            "Dagster computes node hours every five minutes; the running one appears soon after the first start.",
         )
     )
 
