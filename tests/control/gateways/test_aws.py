@@ -81,6 +81,32 @@ async def test_pages_are_followed_to_the_end(aws: SandboxAWS, gateway: AwsGatewa
     assert len(aws.history(action="DescribeInstances")) == 3
 
 
+async def test_a_page_whose_answer_is_lost_is_asked_for_again(aws: SandboxAWS, gateway: AwsGateway) -> None:
+    """Else a large account is never read to its end while one answer in ten is lost."""
+    credentials = await gateway.assume(_role(aws))
+    aws._ec2.describe_page_size = 1
+    request = {"ImageId": "ami-0c0ffee00000x8664", "InstanceType": "m5.large", "MinCount": 40, "MaxCount": 40}
+    await gateway.call(
+        "ec2", "RunInstances", request | {"ClientToken": client_token()}, region="us-east-1", credentials=credentials
+    )
+    aws.inject(Fault("drop_after", action="DescribeInstances", probability=0.1, seed=3, count=None))
+    pages = gateway.pages("ec2", "DescribeInstances", {}, "Reservations", region="us-east-1", credentials=credentials)
+    found = [instance["InstanceId"] async for reservation in pages for instance in reservation["Instances"]]
+    assert len(set(found)) == len(found) == 40
+    # A refusal is no lost answer.
+    aws.clear_faults()
+    refusal = Fault("error", action="DescribeInstances", code="UnauthorizedOperation", status=403, count=None)
+    aws.inject(refusal)
+    with pytest.raises(AwsError):
+        _ = [
+            page
+            async for page in gateway.pages(
+                "ec2", "DescribeInstances", {}, "Reservations", region="us-east-1", credentials=credentials
+            )
+        ]
+    assert refusal.seen == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "definite"),
     [
