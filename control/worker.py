@@ -26,7 +26,7 @@ from control.bus import outbox
 from control.bus.bells import Bells
 from control.bus.broker import Handlers, keep_consuming, make_broker
 from control.gateways.aws import AwsGateway
-from control.interruptions import closing, metrics
+from control.interruptions import closing, metrics, returning
 from control.interruptions.consumers import handlers
 from control.interruptions.intake import Intake
 from control.interruptions.launching import ROUND_SECONDS, Launcher
@@ -74,8 +74,10 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.runtime = Runtime(
-            db=Database(settings.database_url, pool_size=LOOP_POOL, max_overflow=4, pool_timeout=5.0),
-            intake_db=Database(settings.database_url, pool_size=INTAKE_POOL, max_overflow=0, pool_timeout=5.0),
+            db=Database(settings.database_url, pool_size=LOOP_POOL, max_overflow=4, pool_timeout=5.0, fresh_plans=True),
+            intake_db=Database(
+                settings.database_url, pool_size=INTAKE_POOL, max_overflow=0, pool_timeout=5.0, fresh_plans=True
+            ),
             aws=AwsGateway(endpoint_url=settings.aws_endpoint_url, region=settings.aws_region),
             bells=Bells(settings.redis_url),
             worker=f"{socket.gethostname()}-{os.getpid()}-{time.time_ns() % 1_000_000:06d}",
@@ -100,6 +102,8 @@ class Worker:
             ),
             Loop("ready", ready.INTERVAL_SECONDS, partial(ready.run_once, runtime)),
             Loop("never_ready", never_ready.INTERVAL_SECONDS, partial(never_ready.run_once, runtime)),
+            Loop("returns", returning.LOOK_SECONDS, partial(returning.consider, self.launcher)),
+            Loop("returning", returning.ADVANCE_SECONDS, partial(returning.advance, self.launcher)),
             Loop("lifecycle", lifecycle.INTERVAL_SECONDS, partial(lifecycle.run_once, runtime), bell="interruptions"),
             Loop("ending", ENDING_SECONDS, Ending(self.launcher).run_once),
             Loop("orphans", orphans.LOOK_SECONDS, partial(orphans.run_once, self.launcher)),

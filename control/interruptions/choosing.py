@@ -111,6 +111,8 @@ def choose_only(
     """That one Spot pool, once, as long as its standing and price allow it; or the reason why not."""
     if tried:
         return "the plan's pool refused; nothing else is tried"
+    if limits.on_demand_only:
+        return "replacements on Spot are interrupted one after the other"
     if zone not in market.zones:
         return f"the cluster has no subnet in {zone}"
     pool = _spot_pool(wanted, instance_type, zone, market, limits, price_needed=True)
@@ -148,7 +150,7 @@ def _other_types(
     wanted: Wanted, market: Market, limits: Limits, zones: Sequence[str], used: set[tuple[str, str, str]]
 ) -> Choice | None:
     best: Pool | None = None
-    for name in _comparable(wanted, market, limits):
+    for name in comparable(wanted, market, limits):
         for zone in zones:
             if (name, zone, "spot") in used or name == wanted.instance_type:
                 continue
@@ -165,11 +167,13 @@ def _on_demand(
         return market.standings.get((zone, name), 0.0) + market.standings.get((zone, pools.ZONE), 0.0)
 
     names = [wanted.instance_type] if not limits.instance_types or wanted.instance_type in limits.instance_types else []
-    names += [name for name in _comparable(wanted, market, limits) if name != wanted.instance_type]
+    names += [name for name in comparable(wanted, market, limits) if name != wanted.instance_type]
     for name in names:
         free = [zone for zone in zones if (name, zone, "on-demand") not in used]
         if free:
-            zone = min(free, key=lambda candidate: (standing(candidate, name), candidate))
+            # A zone that has no Spot price of the type, where others have one, does not offer it.
+            offered = {zone for zone in free if (zone, name) in market.spot} or set(free)
+            zone = min(offered, key=lambda candidate: (standing(candidate, name), candidate))
             facts = market.types.get(name)
             price = facts.on_demand_usd_per_hour if facts else None
             return Choice(Pool(name, zone, "on-demand", price), "On-Demand, so that the capacity is there")
@@ -192,7 +196,7 @@ def _spot_pool(
     return Pool(name, zone, "spot", price)
 
 
-def _comparable(wanted: Wanted, market: Market, limits: Limits) -> list[str]:
+def comparable(wanted: Wanted, market: Market, limits: Limits) -> list[str]:
     """Types in which everything that ran fits, at most twice as large, of the same processor; cheapest first."""
     known = market.types.get(wanted.instance_type)
     vcpus = known.vcpus if known else wanted.cpu_cores

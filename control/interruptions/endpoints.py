@@ -17,6 +17,7 @@ from control.interruptions.schemas import (
     QuarantineList,
     RebalanceScores,
     Replayed,
+    Returns,
 )
 from control.security.access import CUSTOMER_ADMINS, READERS, require
 from control.security.principal import Principal
@@ -63,6 +64,15 @@ async def rebalance_scores(
     """Per pool: of the rebalance recommendations, how many an interruption followed within 30 minutes."""
     pools = await views.rebalance_scores(context.db, principal, customer_id=customer_id, days=days)
     return RebalanceScores(days=days, pools=pools)
+
+
+@router.get("/interruptions/returns-to-spot")
+async def returns_to_spot(
+    principal: Reader, context: Context, customer_id: UUID | None = None, limit: Limit = 100
+) -> Returns:
+    """On-Demand nodes in the place of interrupted Spot nodes, with what keeps each of them from going back; and the
+    returns so far with the evidence they were begun on."""
+    return await views.returns_to_spot(context.db, principal, customer_id=customer_id, limit=limit)
 
 
 @router.get("/interruptions/{interruption_id}")

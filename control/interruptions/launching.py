@@ -199,7 +199,8 @@ class Launcher:
     async def _commit_plan(
         self, cluster: ClusterFacts, intents: list[IntentRow], templates: Mapping[UUID, dict[str, Any]]
     ) -> None:
-        limits = _limits(cluster)
+        on_demand_only = cluster.recent_replacements_interrupted >= MAX_CHAIN
+        limits = limits_of(cluster.config, on_demand_only=on_demand_only)
         batches: list[BatchRow] = []
         held: dict[str, list[UUID]] = defaultdict(list)
         async with self.runtime.db.system() as conn:
@@ -785,18 +786,15 @@ def _wanted(row: IntentRow) -> Wanted:
     )
 
 
-def _limits(cluster: ClusterFacts) -> Limits:
-    config = cluster.config
-    types, zones, cap = (
-        config.get("allowed_instance_types"),
-        config.get("allowed_zones"),
-        config.get("price_cap_ratio"),
-    )
+def limits_of(config: Mapping[str, Any], *, on_demand_only: bool = False) -> Limits:
+    """A customer's limits from its configuration."""
+    types, zones = config.get("allowed_instance_types"), config.get("allowed_zones")
+    cap = config.get("price_cap_ratio")
     return Limits(
         instance_types=frozenset(types) if isinstance(types, list) else frozenset(),
         zones=frozenset(zones) if isinstance(zones, list) else frozenset(),
         price_cap_ratio=min(float(cap), 1.0) if isinstance(cap, int | float) and cap > 0 else 1.0,
-        on_demand_only=cluster.recent_replacements_interrupted >= MAX_CHAIN,
+        on_demand_only=on_demand_only,
     )
 
 

@@ -40,6 +40,7 @@ LAUNCHED = Counter("cloudoptim_launch_instances_total", "Instances recorded, by 
 TERMINATED = Counter("cloudoptim_launch_terminated_total", "Instances of ours ended, by reason", ["reason"])
 ALARMS = Counter("cloudoptim_alarms_total", "Things a person should look at, by kind", ["kind"])
 
+RETURNS = Counter("cloudoptim_returns_to_spot_total", "Returns to Spot, by what became of them", ["status"])
 LIFECYCLE = Counter("cloudoptim_lifecycle_hooks_total", "Answers to Auto Scaling lifecycle hooks", ["step"])
 
 LOOP_SECONDS = Histogram(

@@ -154,6 +154,68 @@ class Pushed(BaseModel):
     outcome: str
 
 
+class ReturnCheck(Answer):
+    """One condition of the rule for a return to Spot."""
+
+    name: str
+    ok: bool
+    found: str
+    needed: str
+
+
+class StandInAnswer(Answer):
+    """An On-Demand node in the place of an interrupted Spot node: where it would go, and what still keeps it."""
+
+    customer_id: UUID
+    cluster_id: UUID
+    instance_id: str
+    instance_type: str
+    availability_zone: str
+    usd_per_hour: float | None
+    ready_at: datetime
+    spot_instance_type: str | None
+    spot_usd_per_hour: float | None
+    goes: bool
+    checks: list[ReturnCheck]
+
+
+class ReturnStep(Answer):
+    """One step of a return: launch, drain, terminate."""
+
+    step_no: int
+    kind: str
+    state: str
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class ReturnPlan(Answer):
+    """One return to Spot with the evidence it was begun on. ``estimated_savings`` in USD a month."""
+
+    id: UUID
+    customer_id: UUID
+    cluster_id: UUID
+    status: str
+    reason: str | None
+    decided_by: str | None
+    estimated_savings: float | None
+    instance_id: str
+    spot_instance_type: str
+    spot_availability_zone: str
+    spot_instance_id: str | None
+    created_at: datetime
+    finished_at: datetime | None
+    steps: list[ReturnStep]
+    evidence: list[ReturnCheck]
+
+
+class Returns(BaseModel):
+    """Nodes that wait for their return, each with every condition as it stands now; and plans, newest first."""
+
+    waiting: list[StandInAnswer]
+    plans: list[ReturnPlan]
+
+
 class RebalanceScore(Answer):
     """How well a pool's rebalance recommendations announced interruptions. Recommendations younger than 30 minutes
     are not counted yet."""

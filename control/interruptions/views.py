@@ -14,7 +14,7 @@ from sqlalchemy import Row
 
 from control.bus.bells import Bells
 from control.errors import Invalid, NotFound
-from control.interruptions import repository, service, views_repository
+from control.interruptions import repository, return_repository, returning, service, views_repository
 from control.interruptions.parsing import ParsedEvent, QueueOwner, parse
 from control.interruptions.schemas import (
     AttemptAnswer,
@@ -25,7 +25,11 @@ from control.interruptions.schemas import (
     RebalanceScore,
     Replacement,
     Replayed,
+    ReturnCheck,
+    ReturnPlan,
+    Returns,
     SignalAnswer,
+    StandInAnswer,
     Step,
 )
 from control.interruptions.service import Batch, Received
@@ -124,6 +128,40 @@ async def rebalance_scores(
         RebalanceScore(**row._mapping, precision=row.interrupted_within_30_minutes / row.recommendations)
         for row in rows
     ]
+
+
+async def returns_to_spot(db: Database, principal: Principal, *, customer_id: UUID | None, limit: int) -> Returns:
+    """Stand-ins with the rule's verdict as of now, and the plans so far."""
+    if customer_id is not None:
+        principal.customer(customer_id)
+    async with principal.scope(db) as conn:
+        found = await returning.judged(conn, db.now(), customer_id=customer_id)
+        plans = await return_repository.plans(conn, customer_id=customer_id, limit=limit)
+    return Returns(
+        waiting=[
+            StandInAnswer(
+                customer_id=one.row.customer_id,
+                cluster_id=one.row.id,
+                instance_id=one.node.instance_id,
+                instance_type=one.node.instance_type,
+                availability_zone=one.node.availability_zone,
+                usd_per_hour=one.node.usd_per_hour,
+                ready_at=one.node.ready_at,
+                spot_instance_type=one.verdict.pool.instance_type if one.verdict.pool else None,
+                spot_usd_per_hour=one.verdict.pool.price_usd_per_hour if one.verdict.pool else None,
+                goes=one.verdict.go,
+                checks=[ReturnCheck.model_validate(check) for check in one.verdict.checks],
+            )
+            for one in found
+        ],
+        plans=[
+            ReturnPlan(**{name: row._mapping[name] for name in _PLAN_FIELDS}, evidence=row.safety_report or [])
+            for row in plans
+        ],
+    )
+
+
+_PLAN_FIELDS = [name for name in ReturnPlan.model_fields if name != "evidence"]
 
 
 # --- quarantine -------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ ROUTES: dict[tuple[str, str], Call] = {
     ("POST", "/client/events"): Call(AGENTS, body=lambda ids: _cluster(ids) | {"events": []}),
     ("GET", "/interruptions"): Call(READERS, params=_customer),
     ("GET", "/interruptions/rebalance-scores"): Call(READERS, params=_customer),
+    ("GET", "/interruptions/returns-to-spot"): Call(READERS, params=_customer),
     ("GET", "/interruptions/{interruption_id}"): Call(READERS, path=lambda ids: ids.interruption),
     ("GET", "/quarantine"): Call(READERS, params=_customer),
     ("POST", "/quarantine/{message_id}/replay"): Call(ADMINS, path=lambda ids: ids.message),

@@ -1,0 +1,368 @@
+"""Back to Spot: the rule condition by condition, and plans against the AWS double with a real agent's queue."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from control.gateways.aws import AwsGateway
+from control.interruptions import closing, returning
+from control.interruptions.caps import Caps
+from control.interruptions.choosing import Limits, Market, TypeFacts
+from control.interruptions.launching import Launcher
+from control.interruptions.reconcilers import ready
+from control.interruptions.return_rule import (
+    AFTER_FAILURE,
+    Move,
+    PoolRecord,
+    Progress,
+    StandIn,
+    Verdict,
+    judge,
+    next_move,
+    window_open,
+)
+from control.interruptions.runtime import Runtime
+from control.interruptions.service import Received, ingest
+from control.sandbox.aws.faults import Fault
+from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from warehouse.contracts import EventSource
+
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)  # a Monday
+ZONE = "us-east-1a"
+TYPES = {"m5.large": TypeFacts("m5.large", 2, 8, 0.096), "m5a.large": TypeFacts("m5a.large", 2, 8, 0.086)}
+MARKET = Market([ZONE], TYPES, {(ZONE, "m5.large"): 0.04, (ZONE, "m5a.large"): 0.05})
+QUIET = PoolRecord(troubled_at=NOW - timedelta(hours=7), seen_at=NOW - timedelta(hours=1))
+NODE = StandIn(
+    instance_id="i-0123456789abcdef0",
+    instance_type="m5.large",
+    availability_zone=ZONE,
+    usd_per_hour=0.096,
+    ready_at=NOW - timedelta(hours=8),
+    cpu_cores=2.0,
+    memory_gib=8.0,
+    interruptions_in_flight=0,
+    plan_running=False,
+    last_failure_at=None,
+    stopped=False,
+    agent_seen_at=NOW - timedelta(seconds=10),
+    nodes=10,
+    nodes_disturbed=0,
+    nodes_on_demand=3,
+)
+
+
+def verdict(
+    node: StandIn = NODE,
+    *,
+    market: Market = MARKET,
+    limits: Limits = Limits(),
+    record: PoolRecord = QUIET,
+    caps: Caps | None = None,
+    config: dict[str, Any] | None = None,
+) -> Verdict:
+    records = dict.fromkeys(market.spot, record)
+    return judge(node, market, limits, records, caps or Caps.of({}, 0, 0.0), config or {}, NOW)
+
+
+def test_a_quiet_cheap_pool_takes_the_node_back_and_all_evidence_is_kept() -> None:
+    found = verdict()
+    assert found.go
+    assert found.pool is not None
+    assert (found.pool.instance_type, found.pool.availability_zone, found.pool.node_type) == ("m5.large", ZONE, "spot")
+    assert [entry["name"] for entry in found.as_evidence()] == [
+        "quiet_pool",
+        "price",
+        "capacity_seen",
+        "zone_allowed",
+        "launch_caps",
+        "nothing_in_flight",
+        "no_other_plan",
+        "disruption_budget",
+        "on_demand_floor",
+        "disruption_window",
+        "no_approval_needed",
+        "not_stopped",
+        "agent_seen",
+        "settled",
+        "no_recent_failure",
+    ]
+    assert all(entry["found"] and entry["needed"] for entry in found.as_evidence())
+
+
+DEAR = replace(MARKET, spot=dict.fromkeys(MARKET.spot, 0.09))
+
+
+@pytest.mark.parametrize(
+    ("broken", "values"),
+    [
+        ("quiet_pool", {"record": replace(QUIET, troubled_at=NOW - timedelta(hours=5))}),
+        ("quiet_pool", {"config": {"quiet_hours_before_spot": 8}}),
+        ("price", {"market": DEAR}),
+        ("price", {"limits": Limits(price_cap_ratio=0.3)}),
+        ("capacity_seen", {"record": replace(QUIET, seen_at=None)}),
+        ("capacity_seen", {"record": replace(QUIET, seen_at=NOW - timedelta(hours=9))}),
+        ("zone_allowed", {"limits": Limits(zones=frozenset({"us-east-1b"}))}),
+        ("launch_caps", {"caps": Caps.of({"max_launches_per_hour": 3}, 3, 0.0)}),
+        ("launch_caps", {"caps": Caps.of({"max_hourly_spend_usd": 0.1}, 1, 0.08)}),
+        ("nothing_in_flight", {"node": replace(NODE, interruptions_in_flight=1)}),
+        ("no_other_plan", {"node": replace(NODE, plan_running=True)}),
+        ("disruption_budget", {"node": replace(NODE, nodes_disturbed=1)}),
+        ("disruption_budget", {"config": {"disruption_budget": {"ratio": 0.0, "nodes": 0}}}),
+        ("on_demand_floor", {"config": {"on_demand_floor": {"nodes": 3, "ratio": 0.0}}}),
+        ("on_demand_floor", {"config": {"on_demand_floor": {"nodes": 0, "ratio": 0.25}}}),
+        (
+            "disruption_window",
+            {
+                "config": {
+                    "disruption_windows": {"windows": [{"days": ["sun"], "start": "01:00:00", "end": "05:00:00"}]}
+                }
+            },
+        ),
+        ("no_approval_needed", {"config": {"approval_required": True}}),
+        ("not_stopped", {"node": replace(NODE, stopped=True)}),
+        ("agent_seen", {"node": replace(NODE, agent_seen_at=NOW - timedelta(minutes=3))}),
+        ("agent_seen", {"node": replace(NODE, agent_seen_at=None)}),
+        ("settled", {"node": replace(NODE, ready_at=NOW - timedelta(minutes=5))}),
+        ("no_recent_failure", {"node": replace(NODE, last_failure_at=NOW - AFTER_FAILURE / 2)}),
+    ],
+)
+def test_each_condition_alone_keeps_the_node_on_demand(broken: str, values: dict[str, Any]) -> None:
+    found = verdict(**values)
+    assert not found.go
+    assert [check.name for check in found.checks if not check.ok] == [broken]
+
+
+def test_another_pool_goes_where_the_first_is_troubled_and_an_untested_one_gets_a_try() -> None:
+    records = {(ZONE, "m5.large"): replace(QUIET, troubled_at=NOW), (ZONE, "m5a.large"): PoolRecord()}
+    found = judge(NODE, MARKET, Limits(), records, Caps.of({}, 0, 0.0), {}, NOW)
+    assert found.go
+    assert found.pool is not None
+    assert found.pool.instance_type == "m5a.large"
+    assert not judge(NODE, replace(MARKET, spot={}), Limits(), {}, Caps.of({}, 0, 0.0), {}, NOW).go
+
+
+def test_windows_are_local_and_go_over_midnight() -> None:
+    night = {"time_zone": "Europe/Berlin", "windows": [{"days": ["mon"], "start": "22:00:00", "end": "04:00:00"}]}
+    berlin = timedelta(hours=1)
+    for hours, inside in ((21.9, False), (22, True), (27.9, True), (28, False), (46, False)):
+        assert window_open(night, NOW.replace(hour=0) - berlin + timedelta(hours=hours)) is inside
+    assert window_open({"windows": []}, NOW)
+    assert window_open(None, NOW)
+
+
+AT = Progress("ready", None, None, False, False, False, True, 0, False, False)
+
+
+def test_a_plan_moves_forward_holds_and_ends() -> None:
+    done = replace(AT, drain="done", drained_at=NOW - timedelta(seconds=30))
+    assert next_move(replace(AT, launch="launching"), NOW).do == "wait"
+    assert next_move(AT, NOW).do == "drain"
+    assert next_move(replace(AT, drain="leased"), NOW).do == "wait"
+    assert next_move(replace(done, old_cordoned=True), NOW).do == "terminate"
+    # Nothing is begun while an interruption is in flight or the kill switch is on.
+    for held in ({"interruptions_in_flight": 1}, {"stopped": True}):
+        assert next_move(replace(AT, **held), NOW).do == "wait"
+        assert next_move(replace(done, old_cordoned=True, **held), NOW).do == "wait"
+    # The agent's word is compared with its reports.
+    assert next_move(done, NOW).do == "wait"
+    assert next_move(done, NOW + timedelta(minutes=6)).end == "stuck"
+
+    def end(move: Move) -> tuple[str | None, bool]:
+        return move.end, move.uncordon
+
+    assert end(next_move(replace(AT, launch="exhausted"), NOW)) == ("rolled_back", False)
+    for over in ("failed", "refused", "expired", "superseded"):
+        assert end(next_move(replace(AT, drain=over), NOW)) == ("stuck", True)
+    assert end(next_move(replace(done, old_cordoned=True, new_ready=False), NOW)) == ("rolled_back", True)
+    assert end(next_move(replace(AT, old_gone=True), NOW)) == ("stopped", False)
+    assert next_move(replace(AT, launch="planned", old_gone=True), NOW).do == "cancel_launch"
+    assert next_move(replace(AT, launch="planned", stop_requested=True), NOW).do == "cancel_launch"
+    assert end(next_move(replace(AT, launch="cancelled", stop_requested=True), NOW)) == ("stopped", False)
+    assert end(next_move(replace(AT, stop_requested=True), NOW)) == ("stopped", False)
+    assert next_move(replace(AT, terminating=True, old_gone=True), NOW).do == "terminate"
+
+
+# --- against the AWS double -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def launcher(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Launcher]:
+    """The loops of a worker, turned by hand."""
+    keys = stage.aws.credentials()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
+    aws = AwsGateway(endpoint_url=stage.aws.url)
+    yield Launcher(Runtime(stage.db, stage.db, aws, stage.bells, "by-hand", DEPLOYMENT))
+    await aws.close()
+
+
+async def _launch(stage: Stage, launcher: Launcher) -> None:
+    """Launch what is planned, until its nodes are Ready."""
+
+    async def all_ready() -> bool:
+        await launcher.plan_round()
+        await launcher.finish_calls(10)
+        await ready.run_once(launcher.runtime)
+        sql = "SELECT 1 FROM launch_intents WHERE state NOT IN ('ready', 'exhausted', 'cancelled')"
+        return not await stage.tenant.rows(sql)
+
+    await stage.until(all_ready, 10)
+
+
+async def _stand_in(stage: Stage, launcher: Launcher, *, hours: float = 7.0) -> str:
+    """An interrupted Spot node that was replaced on demand some hours ago; everything has been quiet since."""
+    others = await stage.launch_nodes(2)
+    # Spot is not to be had: the ladder ends on demand.
+    await stage.tenant.rows("UPDATE spot_price_current SET price_usd_per_hour = 9 RETURNING 1")
+    facts = await stage.tenant.facts()
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(others[0])), EventSource.SQS)])
+    await _launch(stage, launcher)
+    await stage.until(lambda: closing.close_ended(launcher.runtime), 10)
+    await stage.tenant.rows("UPDATE spot_price_current SET price_usd_per_hour = 0.03 RETURNING 1")
+    await stage.tenant.rows("UPDATE nodes SET terminated_at = now() WHERE instance_id = :i RETURNING 1", i=others[0])
+    attempt = await stage.tenant.row("SELECT * FROM launch_attempts WHERE node_type = 'on-demand'")
+    await stage.tenant.rows(
+        f"UPDATE launch_attempts SET ready_at = ready_at - interval '{hours} hours', "
+        f"created_at = created_at - interval '{hours} hours' RETURNING 1"
+    )
+    await stage.tenant.rows(f"UPDATE pool_standings SET updated_at = now() - interval '{hours} hours' RETURNING 1")
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
+    launcher._markets.clear()
+    return attempt.instance_id
+
+
+async def _again(stage: Stage) -> None:
+    await stage.tenant.rows("UPDATE round_claims SET claimed_until = now() RETURNING 1")
+
+
+async def _plan(stage: Stage) -> Any:
+    return await stage.tenant.row("SELECT * FROM optimization_history")
+
+
+def _running(stage: Stage) -> dict[str, str]:
+    return {instance.instance_id: instance.lifecycle for instance in stage.ours(alive=True)}
+
+
+async def _advance_until_drained(stage: Stage, launcher: Launcher) -> None:
+    assert await returning.advance(launcher) == 1
+
+    async def drained() -> bool:
+        rows = await stage.tenant.rows("SELECT 1 FROM agent_tasks WHERE interruption_id IS NULL AND state = 'done'")
+        return bool(rows)
+
+    await stage.until(drained, 10)
+
+
+async def test_a_stand_in_goes_back_to_spot_by_a_plan_with_its_evidence(stage: Stage, launcher: Launcher) -> None:
+    old = await _stand_in(stage, launcher)
+    assert await returning.consider(launcher) == 1
+    await _again(stage)
+    assert await returning.consider(launcher) == 0, "one plan per cluster at a time"
+    plan = await _plan(stage)
+    assert (plan.optimization_type, plan.status, plan.decided_by) == ("return_to_spot", "running", "rule")
+    assert all(check["ok"] for check in plan.safety_report)
+    assert float(plan.estimated_savings) > 0
+
+    await _launch(stage, launcher)
+    assert sorted(_running(stage).values()) == ["on-demand", "spot"], "the new one first"
+    await _advance_until_drained(stage, launcher)
+    task = await stage.tenant.row("SELECT * FROM agent_tasks WHERE interruption_id IS NULL")
+    assert task.parameters["instance_id"] == old
+    assert task.parameters["force_at_deadline"] is False
+    # The agent's own report must show it before the node is ended.
+    assert await returning.advance(launcher) == 0
+    assert old in _running(stage)
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    assert await returning.advance(launcher) == 1
+    plan = await _plan(stage)
+    assert (plan.status, list(_running(stage).values())) == ("succeeded", ["spot"])
+    steps = await stage.tenant.rows("SELECT kind, state FROM plan_steps ORDER BY step_no")
+    assert [(step.kind, step.state) for step in steps] == [("launch", "done"), ("drain", "done"), ("terminate", "done")]
+    topics = await stage.tenant.rows("SELECT topic FROM outbox WHERE topic LIKE 'optimization.%' ORDER BY id")
+    assert [row.topic for row in topics] == ["optimization.started", "optimization.completed"]
+    # Its end is our own doing: no interruption, no replacement.
+    facts = await stage.tenant.facts()
+    told = stage.tenant.state_change(old, "shutting-down")
+    await ingest(stage.db, facts, [Received(json.dumps(told), EventSource.SQS)])
+    assert len(await stage.interruptions()) == 1
+
+
+async def test_nothing_is_begun_or_carried_on_while_an_interruption_is_in_flight(
+    stage: Stage, launcher: Launcher
+) -> None:
+    old = await _stand_in(stage, launcher)
+    other = stage.tenant.instances[1]
+    stage.agent_works = False
+    facts = await stage.tenant.facts()
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(other)), EventSource.SQS)])
+    assert await returning.consider(launcher) == 0
+
+    stage.agent_works = True
+    await _launch(stage, launcher)
+    await stage.until(lambda: closing.close_ended(launcher.runtime), 10)
+    # The interruption itself was trouble in its pool; hours later all is quiet again.
+    await stage.tenant.rows("UPDATE pool_standings SET updated_at = now() - interval '7 hours' RETURNING 1")
+    await _again(stage)
+    assert await returning.consider(launcher) == 1
+    await _launch(stage, launcher)
+    # Between launch and drain a warning comes in: the plan holds, with both nodes kept.
+    stage.agent_works = False
+    fresh = (await stage.launch_nodes())[0]
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(fresh)), EventSource.SQS)])
+    assert await returning.advance(launcher) == 0
+    assert (await _plan(stage)).status == "running"
+    assert old in _running(stage)
+
+
+async def test_a_pool_that_refuses_ends_the_plan_and_nothing_was_moved(stage: Stage, launcher: Launcher) -> None:
+    old = await _stand_in(stage, launcher)
+    assert await returning.consider(launcher) == 1
+    stage.aws.inject(Fault("ice", action="RunInstances", count=None))
+    for _ in range(2):
+        await stage.until(launcher.plan_round, 10)
+        await launcher.finish_calls(10)
+    await returning.advance(launcher)
+    plan = await _plan(stage)
+    assert plan.status == "rolled_back"
+    assert "the plan's pool refused" in plan.reason
+    assert list(_running(stage)) == [old]
+    assert len(await stage.tenant.rows("SELECT 1 FROM launch_attempts WHERE node_type = 'on-demand'")) == 1
+    await stage.tenant.rows("UPDATE pool_standings SET updated_at = now() - interval '7 hours' RETURNING 1")
+    await _again(stage)
+    assert await returning.consider(launcher) == 0, "the cluster is left alone after a return that did not work out"
+
+
+async def test_a_drain_that_fails_gives_the_node_back(stage: Stage, launcher: Launcher) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    stage.agent_works = False
+    assert await returning.advance(launcher) == 1
+    await stage.tenant.rows("UPDATE agent_tasks SET state = 'failed' WHERE interruption_id IS NULL RETURNING 1")
+    assert await returning.advance(launcher) == 1
+    assert (await _plan(stage)).status == "stuck"
+    task = await stage.tenant.row("SELECT * FROM agent_tasks WHERE task_type = 'uncordon_node'")
+    assert task.parameters["instance_id"] == old
+    assert old in _running(stage)
+
+
+async def test_an_old_node_that_lost_our_tag_is_never_ended(stage: Stage, launcher: Launcher) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    await _advance_until_drained(stage, launcher)
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    stage.aws._instances.by_id[old].tags.pop("cloudoptim:managed")
+    await returning.advance(launcher)
+    assert _alive(stage, old)
+    assert (await _plan(stage)).status == "running"
+
+
+def _alive(stage: Stage, instance_id: str) -> bool:
+    return any(i.instance_id == instance_id for i in stage.aws.instances(states=("pending", "running")))
