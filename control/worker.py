@@ -30,7 +30,16 @@ from control.interruptions import closing, metrics, returning
 from control.interruptions.consumers import handlers
 from control.interruptions.intake import Intake
 from control.interruptions.launching import ROUND_SECONDS, Launcher
-from control.interruptions.reconcilers import deadlines, invariants, lifecycle, missed, never_ready, orphans, ready
+from control.interruptions.reconcilers import (
+    deadlines,
+    invariants,
+    lifecycle,
+    missed,
+    never_ready,
+    orphans,
+    ready,
+    scores,
+)
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import INTERVAL_SECONDS as ENDING_SECONDS
 from control.interruptions.reconcilers.ending import Ending
@@ -108,6 +117,7 @@ class Worker:
             Loop("ending", ENDING_SECONDS, Ending(self.launcher).run_once),
             Loop("orphans", orphans.LOOK_SECONDS, partial(orphans.run_once, self.launcher)),
             Loop("missed", missed.LOOK_SECONDS, partial(missed.run_once, self.launcher)),
+            Loop("scores", scores.INTERVAL_SECONDS, partial(scores.run_once, runtime)),
             Loop("invariants", invariants.LOOK_SECONDS, partial(invariants.run_once, runtime)),
             Loop("deadlines", deadlines.INTERVAL_SECONDS, partial(deadlines.run_once, runtime)),
             Loop("unmatched", UNMATCHED_SECONDS, partial(closing.settle_unmatched, runtime)),

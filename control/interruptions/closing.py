@@ -120,6 +120,7 @@ def _observe(row: Ended, now: datetime) -> None:
     for step, at in steps.items():
         if at is not None:
             metrics.STEP_SECONDS.labels(step).observe(max((at - row.notice_at).total_seconds(), 0.0))
+            metrics.STEP_LEFT_SECONDS.labels(step).observe((row.deadline_at - at).total_seconds())
 
 
 async def begin_waiting_drains(runtime: Runtime) -> int:

@@ -1,5 +1,6 @@
-"""Figures of the interruption path, on the worker's /metrics. No label carries a customer, node or pool: such series
-grow without bound, and the database answers those questions better."""
+"""Figures of the interruption path, on the worker's /metrics. No label carries a customer or node: such series grow
+without bound, and the database answers those questions better. Pools are named for the scores of rebalance
+recommendations alone, and only those with the most of them."""
 
 from __future__ import annotations
 
@@ -29,8 +30,22 @@ STEP_SECONDS = Histogram(
     ["step"],
     buckets=STEP_BUCKETS,
 )
+# Against the deadline: what was late lies at or below 0.
+LEFT_BUCKETS = (-300, -60, -30, -10, 0, 5, 10, 20, 30, 45, 60, 75, 90, 105, 115, 120, 300, 900)
+STEP_LEFT_SECONDS = Histogram(
+    "cloudoptim_interruption_step_left_seconds",
+    "From each step of an interruption to its deadline; at or below 0 is late",
+    ["step"],
+    buckets=LEFT_BUCKETS,
+)
 CLOSED = Counter("cloudoptim_interruptions_closed_total", "Interruptions closed, by outcome", ["outcome"])
 OPEN = Gauge("cloudoptim_interruptions_open", "Interruptions that are not closed")
+
+REBALANCES = Gauge(
+    "cloudoptim_rebalance_recommendations",
+    "Rebalance recommendations of the last 30 days, by pool and by whether an interruption followed within 30 minutes",
+    ["instance_type", "availability_zone", "followed"],
+)
 
 LAUNCH_CALLS = Counter("cloudoptim_launch_calls_total", "RunInstances calls, by answer", ["answer"])
 LAUNCH_MISMATCHES = Counter(

@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from control.security.redaction import redact_text
 from warehouse.contracts import EventKind, InterruptionAction, SpotEvent
 
 # The largest body SQS carries; longer ones can only come over the push endpoint.
@@ -178,9 +179,9 @@ def from_agent(event: SpotEvent, *, region: str, account_id: str | None, receive
 
 
 def kept_body(body: str | bytes) -> str:
-    """A body as it may be stored in quarantine: text Postgres takes, at most 64 KiB."""
+    """A body as it may be stored in quarantine: text Postgres takes, at most 64 KiB, secrets hidden by their shape."""
     raw = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
-    return raw[:MAX_KEPT_BODY_BYTES].decode("utf-8", "backslashreplace").replace("\x00", "\\x00")
+    return redact_text(raw[:MAX_KEPT_BODY_BYTES].decode("utf-8", "backslashreplace").replace("\x00", "\\x00"))
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------

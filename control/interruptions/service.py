@@ -190,6 +190,19 @@ async def accept_agent_events(
     return await ingest_outcomes(db, facts, outcomes, now=now)
 
 
+def read_again(message: Received, facts: CustomerFacts, now: datetime) -> Outcome:
+    """What a kept message means: an agent's notice is its own contract, all others are what AWS sends."""
+    if message.source is EventSource.AGENT:
+        try:
+            event = SpotEvent.model_validate_json(message.body)
+        except ValueError:
+            pass
+        else:
+            # The node's own region counts; a message without a node has none.
+            return from_agent(event, region="", account_id=facts.account_id, received_at=now)
+    return parse(message.body, owner=queue_owner(facts), received_at=now, sent_at=message.sent_at)
+
+
 async def ingest_outcomes(
     db: Database, facts: CustomerFacts, outcomes: Sequence[tuple[Received, Outcome]], *, now: datetime
 ) -> Ingested:

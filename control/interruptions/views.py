@@ -15,7 +15,7 @@ from sqlalchemy import Row
 from control.bus.bells import Bells
 from control.errors import Invalid, NotFound
 from control.interruptions import repository, return_repository, returning, service, views_repository
-from control.interruptions.parsing import ParsedEvent, QueueOwner, parse
+from control.interruptions.parsing import ParsedEvent
 from control.interruptions.schemas import (
     AttemptAnswer,
     HistoryEntry,
@@ -220,9 +220,8 @@ async def replay(db: Database, bells: Bells | None, principal: Principal, quaran
         message = Received(
             row.body or "", EventSource(source), row.sqs_message_id, row.sent_at or row.received_at, row.receive_count
         )
-        owner = QueueOwner(facts.account_id, facts.regions)
         # A notice keeps its age, so that what is old by now is judged by the cluster's state of now.
-        outcome = parse(message.body, owner=owner, received_at=now, sent_at=message.sent_at)
+        outcome = service.read_again(message, facts, now)
         # The event keeps the key its message is stored under.
         outcome = replace(outcome, dedupe_key=dedupe_key)
         batch = Batch(facts, now)

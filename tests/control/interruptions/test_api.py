@@ -127,3 +127,65 @@ async def test_rebalances_are_scored_by_what_followed(api: Api, keys: Keys, cust
     )
     (pool,) = (await api.ok("GET", "/interruptions/rebalance-scores", keys.analyst_key))["pools"]
     assert (pool["recommendations"], pool["interrupted_within_30_minutes"], pool["precision"]) == (2, 1, 0.5)
+
+
+async def test_a_notice_of_an_agent_that_found_no_node_is_replayed_too(api: Api, keys: Keys, customer: Tenant) -> None:
+    notice = {
+        "event_type": "spot_interruption",
+        "instance_id": "i-0aaaabbbbcccceeee",
+        "occurred_at": datetime.now(UTC).isoformat(),
+        "instance_action": "terminate",
+    }
+    await api.ok(
+        "POST", "/client/events", keys.agent_key, json={"cluster_id": str(keys.cluster_id), "events": [notice]}
+    )
+    # Ten minutes later nobody had claimed it.
+    await customer.rows(
+        "UPDATE inbox_messages SET outcome = 'quarantined' WHERE customer_id = :customer_id AND outcome = 'waiting' "
+        "RETURNING 1"
+    )
+    await customer.rows(
+        "UPDATE interruptions SET state = 'closed', outcome = 'unmatched', closed_at = now(), version = version + 1 "
+        "WHERE customer_id = :customer_id RETURNING 1"
+    )
+    await customer.node("i-0aaaabbbbcccceeee")
+    (message,) = (await api.ok("GET", "/quarantine", keys.analyst_key))["messages"]
+    replayed = await api.ok("POST", f"/quarantine/{message['id']}/replay", keys.admin_key)
+    assert replayed["outcome"] == "handled"
+    assert len(await customer.rows("SELECT 1 FROM agent_tasks WHERE customer_id = :customer_id")) == 1
+
+
+async def test_what_keeps_a_node_on_demand_is_told_condition_by_condition(
+    api: Api, keys: Keys, customer: Tenant
+) -> None:
+    instance = await customer.node(node_type="on-demand", ready_at=datetime.now(UTC))
+    launch = {"node_type": "spot", "instance_type": "m5.large", "availability_zone": "us-east-1a"}
+    interruption = await customer.node()
+    await _push(api, keys, customer.warning(interruption))
+    await customer.rows(
+        """
+        WITH intent AS (
+            UPDATE launch_intents SET requirements = CAST(:launch AS jsonb), state = 'ready'
+            WHERE customer_id = :customer_id RETURNING id
+        ), batch AS (
+            INSERT INTO launch_batches (id, customer_id, cluster_id, region, client_token, request_json, size, state)
+            SELECT gen_random_uuid(), :customer_id, :cluster_id, 'us-east-1', 'token-' || id, '{}', 1, 'answered'
+            FROM intent RETURNING id
+        )
+        INSERT INTO launch_attempts (id, customer_id, intent_id, attempt_no, batch_id, slot, instance_type,
+            availability_zone, node_type, price_usd_per_hour, state, instance_id, ready_at)
+        SELECT gen_random_uuid(), :customer_id, intent.id, 1, batch.id, 0, 'm5.large', 'us-east-1a', 'on-demand',
+            0.096, 'ready', :instance, now() FROM intent, batch RETURNING 1""",
+        launch=json.dumps(launch),
+        cluster_id=keys.cluster_id,
+        instance=instance,
+    )
+    found = await api.ok("GET", "/interruptions/returns-to-spot", keys.analyst_key)
+    (waiting,) = found["waiting"]
+    assert (waiting["instance_id"], waiting["goes"], found["plans"]) == (instance, False, [])
+    checks = {check["name"]: check for check in waiting["checks"]}
+    assert checks["nothing_in_flight"]["found"] == "1 interruptions in flight"
+    assert not checks["settled"]["ok"]
+    stranger = await api.tenant("Elsewhere")
+    other = await api.ok("GET", "/interruptions/returns-to-spot", stranger.analyst_key)
+    assert other == {"waiting": [], "plans": []}

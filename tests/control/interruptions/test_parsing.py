@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control.interruptions.parsing import Drop, ParsedEvent, Quarantine, QueueOwner, parse
+from control.interruptions.parsing import Drop, ParsedEvent, Quarantine, QueueOwner, kept_body, parse
 from tests.control.interruptions.corpus import OWNER, RECEIVED_AT, SENT_AT, Case, cases
 
 CASES = cases()
@@ -117,3 +117,12 @@ def test_without_a_configured_account_nothing_contradicts() -> None:
     document = json.loads(CASES[[case.name for case in CASES].index("q11-other-account.json")].body)
     outcome = parse(json.dumps(document), owner=QueueOwner(None), received_at=RECEIVED_AT)
     assert isinstance(outcome, ParsedEvent)
+
+
+def test_what_looks_like_a_secret_is_hidden_in_a_kept_body() -> None:
+    kept = kept_body(
+        json.dumps({"key": "AKIA" + "A" * 16, "auth": "Bearer abc.def", "instance-id": "i-0123456789abcdef0"})
+    )
+    assert "AKIA" not in kept
+    assert "abc.def" not in kept
+    assert "i-0123456789abcdef0" in kept

@@ -11,11 +11,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from prometheus_client import REGISTRY
 
 from control.gateways.aws import AwsGateway, Credentials
 from control.interruptions import closing
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import invariants, missed, never_ready, orphans, ready
+from control.interruptions.reconcilers import invariants, missed, never_ready, orphans, ready, scores
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import Ending, allowed
 from control.interruptions.runtime import Runtime
@@ -400,3 +401,56 @@ async def test_an_account_that_does_not_answer_does_not_delay_the_polls_of_other
     await stage.until(eight_polled, 10)
     assert time.monotonic() - began < 2.5
     await rounds
+
+
+def _sample(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, labels)
+
+
+async def test_rebalance_scores_are_metrics_of_the_busiest_pools(stage: Stage, launcher: Launcher) -> None:
+    right, wrong = await stage.launch_nodes(2)
+    facts = await stage.tenant.facts()
+    for instance in (right, wrong):
+        told = stage.tenant.rebalance(instance)
+        await ingest(stage.db, facts, [Received(json.dumps(told), EventSource.SQS)])
+    await _warn(stage, right)
+    await stage.tenant.rows(
+        "UPDATE spot_events SET received_at = received_at - interval '1 hour', "
+        "occurred_at = occurred_at - interval '1 minute' RETURNING 1"
+    )
+    await scores.run_once(launcher.runtime)
+    followed = {zone: [] for zone in {stage.zone_of(right), stage.zone_of(wrong)}}
+    for zone in followed:
+        for label in ("yes", "no"):
+            name = "cloudoptim_rebalance_recommendations"
+            followed[zone].append(_sample(name, instance_type="m5.large", availability_zone=zone, followed=label))
+    assert sum(count or 0 for counts in followed.values() for count in counts) == 2
+    assert sum(counts[0] or 0 for counts in followed.values()) == 1
+
+
+async def test_every_step_is_measured_from_the_notice_and_against_the_deadline(
+    stage: Stage, launcher: Launcher
+) -> None:
+    steps = (
+        "task_created",
+        "task_in_agents_hands",
+        "cordoned",
+        "replacement_launched",
+        "replacement_ready",
+        "drained",
+        "closed",
+    )
+    names = ("cloudoptim_interruption_step_seconds_count", "cloudoptim_interruption_step_left_seconds_count")
+    before = {(name, step): _sample(name, step=step) or 0.0 for name in names for step in steps}
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+
+    async def closed() -> bool:
+        await launcher.plan_round()
+        await launcher.finish_calls(10)
+        await ready.run_once(launcher.runtime)
+        return bool(await closing.close_ended(launcher.runtime))
+
+    await stage.until(closed, 15)
+    for key, count in before.items():
+        assert (_sample(key[0], step=key[1]) or 0.0) == count + 1, key
