@@ -66,9 +66,11 @@ def why_not_today(now: datetime, last: LastRun | None, *, not_before: timedelta)
     return why_not(now, last, every=timedelta(days=1))
 
 
-def last_run(instance: DagsterInstance, job_name: str) -> LastRun | None:
-    """The newest run of a job, whoever launched it."""
-    records = instance.get_run_records(RunsFilter(job_name=job_name), limit=1)
+def last_run(
+    instance: DagsterInstance, job_name: str, statuses: Sequence[DagsterRunStatus] | None = None
+) -> LastRun | None:
+    """The newest run of a job, whoever launched it; with ``statuses`` the newest that stands at one of them."""
+    records = instance.get_run_records(RunsFilter(job_name=job_name, statuses=statuses), limit=1)
     if not records:
         return None
     status = records[0].dagster_run.status

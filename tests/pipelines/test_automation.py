@@ -8,6 +8,7 @@ import dagster as dg
 import psycopg
 import pytest
 from dagster._core.definitions.partitions.context import partition_loading_context
+from deltalake.schema import Field, PrimitiveType
 
 from cloudoptim_pipelines.coverage import Coverage
 from cloudoptim_pipelines.definitions import defs
@@ -17,6 +18,7 @@ from cloudoptim_pipelines.defs.spot_prices.automation import due_days
 from cloudoptim_pipelines.pacing import RETRY_AFTER, LastRun, Outcome, why_not, why_not_today
 from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, days_of, ranges_by_region
 from tests.pipelines.conftest import World, at, price
+from warehouse.lake.store import Lake
 
 HOUR = timedelta(hours=1)
 UNPARTITIONED = {"data_gaps", "metric_retention", "lake_maintenance"}
@@ -128,9 +130,15 @@ def test_the_running_day_takes_yesterday_along_shortly_after_midnight() -> None:
 
 
 def test_days_are_closed_until_their_savings_are_final() -> None:
-    assert closing_days(at(20, 1), at(1).date()) == ("2026-11-17", "2026-11-19")
-    assert closing_days(at(20, 1), at(19).date()) == ("2026-11-19", "2026-11-19")
-    assert closing_days(at(20, 1), at(20).date()) is None
+    assert closing_days(at(20, 1), at(1).date(), None) == ("2026-11-17", "2026-11-19")
+    assert closing_days(at(20, 1), at(1).date(), at(19, 0, 31)) == ("2026-11-17", "2026-11-19")
+    assert closing_days(at(20, 1), at(19).date(), None) == ("2026-11-19", "2026-11-19")
+    assert closing_days(at(20, 1), at(20).date(), None) is None
+
+
+def test_after_a_stop_every_day_that_was_not_final_is_closed() -> None:
+    assert closing_days(at(20, 1), at(1).date(), at(12, 0, 31)) == ("2026-11-10", "2026-11-19")
+    assert closing_days(at(20, 1), at(11).date(), at(12, 0, 31)) == ("2026-11-11", "2026-11-19")
 
 
 def test_partitions_of_a_run_need_not_be_one_rectangle() -> None:
@@ -183,3 +191,14 @@ def test_a_new_installation_reads_prices_before_anything_else(world: World, serv
                 tick = repository.get_schedule_def(name).evaluate_tick(context)
             assert tick.skip_message == f"waits for the first run of {words}"
             assert not tick.run_requests
+
+
+def test_maintenance_rolls_back_what_a_killed_writer_left(world: World) -> None:
+    with Lake(world.folder / "lake", world.dsn) as lake:
+        released = lake.release().versions["events"]
+        lake.delta_table("events").alter.add_columns([Field("half_done", PrimitiveType("double"))])
+    world.run_unpartitioned(["lake_maintenance"])
+    with Lake(world.folder / "lake", world.dsn) as lake:
+        found = lake.delta_table("events")
+        assert lake.release().versions["events"] == found.version() > released
+        assert "half_done" not in [field.name for field in found.schema().fields]

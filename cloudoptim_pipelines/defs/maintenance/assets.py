@@ -73,7 +73,9 @@ COMPACTED = ("spot_prices", "metric_5m")
     retry_policy=RETRY, group_name="maintenance", owners=OWNERS, kinds={"deltalake"}, tags={"domain": "maintenance"}
 )
 def lake_maintenance(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
-    """Joins small files, and removes files that no readable or kept release needs any more."""
+    """Rolls back what a killed writer left, joins small files, removes files that no readable or kept release needs."""
+    # The next commit to a table would roll it back too; a table nobody writes to any more has no next commit.
+    repaired = warehouse.lake.repair()
     reader = warehouse.reader
     compacted = sum(
         len(compact(warehouse.lake, reader, table, run_id=context.run.run_id, code_version=code_version()))
@@ -82,6 +84,7 @@ def lake_maintenance(context: dg.AssetExecutionContext, warehouse: Warehouse) ->
     report = vacuum(warehouse.lake)
     return dg.MaterializeResult(
         metadata={
+            "tables_repaired": repaired,
             "partitions_compacted": compacted,
             "files_removed": sum(len(files) for files in report.files.values()),
             "releases_expired": len(report.expired),

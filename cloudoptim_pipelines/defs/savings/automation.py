@@ -6,7 +6,7 @@ import dagster as dg
 
 from cloudoptim_pipelines.defs.metrics.assets import metric_5m, metrics_summary
 from cloudoptim_pipelines.defs.savings.assets import REALISED_AFTER_DAYS, savings_statements
-from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, tick
+from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, last_run, tick
 from cloudoptim_pipelines.partitions import START, range_tags
 
 OPENS = timedelta(minutes=30)
@@ -19,12 +19,16 @@ close_days = dg.define_asset_job(
 )
 
 
-def closing_days(now: datetime, first: date) -> tuple[str, str] | None:
-    """Yesterday, and back to the day whose savings are final now; None before the first full day."""
+def closing_days(now: datetime, first: date, last_closed: datetime | None) -> tuple[str, str] | None:
+    """Yesterday, and back to the day whose savings are final now; None before the first full day.
+
+    After a stop of the server, back to what was not final when days were last closed.
+    """
     yesterday = now.date() - timedelta(days=1)
     if yesterday < first:
         return None
-    oldest = max(first, yesterday - timedelta(days=REALISED_AFTER_DAYS))
+    newest = min(yesterday, last_closed.date()) if last_closed else yesterday
+    oldest = max(first, newest - timedelta(days=REALISED_AFTER_DAYS))
     return oldest.isoformat(), yesterday.isoformat()
 
 
@@ -38,7 +42,12 @@ def savings_reports_daily(context: dg.ScheduleEvaluationContext) -> dg.RunReques
     """One run over the days that are closed today."""
     if skip := tick(context, "close_days", daily=OPENS, after=["refresh_current_day"]):
         return skip
-    days = closing_days(context.scheduled_execution_time.astimezone(UTC), date.fromisoformat(START))
+    closed = last_run(context.instance, "close_days", [dg.DagsterRunStatus.SUCCESS])
+    days = closing_days(
+        context.scheduled_execution_time.astimezone(UTC),
+        date.fromisoformat(START),
+        closed.created_at if closed else None,
+    )
     if days is None:
         return dg.SkipReason("no day is over yet")
     return dg.RunRequest(run_key=context.scheduled_execution_time.isoformat(), tags=range_tags(*days))
