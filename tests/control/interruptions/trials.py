@@ -278,6 +278,9 @@ class Trials:
         summary.lost = sum(
             1 for instance in wanted if instance not in by_instance or by_instance[instance].state != "closed"
         )
+        for instance in wanted:
+            if instance not in by_instance or by_instance[instance].state != "closed":
+                summary.broken.append(await self._story(instance))
         summary.acted_on_forged = sum(1 for instance in self.decoys if instance in by_instance)
         summary.lost_answers = sum(1 for entry in stage.calls() if str(entry["outcome"]).startswith("fault:drop_after"))
         summary.orphans = len(await self._orphans())
@@ -289,6 +292,23 @@ class Trials:
             summary.broken = await exactly_one_of_everything(stage, undrained=self.silent)
             late = {instance: row.outcome for instance, row in by_instance.items() if instance in self.warned}
             summary.broken += [f"{i}: {o}" for i, o in late.items() if o not in ("handled", "handled_late")]
+
+    async def _story(self, instance: str) -> str:
+        """All that is known of an interruption that should be closed."""
+        rows = await self.stage.tenant.rows(
+            """SELECT i.state, i.version, t.state AS task, l.state AS intent, l.reason, l.next_action_at, l.lease_until,
+                      a.attempt_no, a.state AS attempt, a.instance_id AS replacement, a.failure,
+                      b.state AS batch, b.calls, b.error_code, b.next_action_at AS batch_due, now() AS now
+               FROM interruptions i
+               LEFT JOIN agent_tasks t ON t.interruption_id = i.id
+               LEFT JOIN launch_intents l ON l.interruption_id = i.id
+               LEFT JOIN launch_attempts a ON a.intent_id = l.id
+               LEFT JOIN launch_batches b ON b.id = a.batch_id
+               WHERE i.customer_id = :customer_id AND i.instance_id = :instance ORDER BY a.attempt_no""",
+            instance=instance,
+        )
+        silent = " (nobody was told of its end)" if instance in self.silent else ""
+        return f"{instance}{silent}: {[dict(row._mapping) for row in rows]}"
 
     async def _duplicates(self) -> int:
         """Instances beyond one that lived at the same time for the same intent, and those no attempt knows."""
