@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -49,6 +50,56 @@ async def test_a_role_is_assumed_once_with_its_external_id(aws: SandboxAWS, gate
     with pytest.raises(AwsError):
         await gateway.assume_role(role.role_arn, external_id=None, session_name="probe")
     assert EXTERNAL_ID not in repr(role)
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+async def test_credentials_are_renewed_early_and_outlive_an_sts_that_is_away(
+    aws: SandboxAWS, gateway: AwsGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("control.gateways.aws.time", clock)
+    role = _role(aws)
+    first = await gateway.assume(role)
+    # At the latest five minutes before their end.
+    clock.ahead = 3600 - 300
+    for mode in ("drop_before", "throttle"):
+        fault = aws.inject(Fault(mode, action="AssumeRole", count=None))
+        assert await gateway.assume(role) is first
+        calls = len(aws.history(action="AssumeRole"))
+        assert await gateway.assume(role) is first
+        assert len(aws.history(action="AssumeRole")) == calls, "a renewal that failed is not tried on every call"
+        aws.clear_faults(fault)
+        clock.ahead += 20
+    second = await gateway.assume(role)
+    assert second is not first
+    # What is over is over: then the caller is told.
+    clock.ahead += 3600
+    aws.inject(Fault("drop_before", action="AssumeRole", count=None))
+    with pytest.raises(AwsError):
+        await gateway.assume(role)
+
+
+async def test_a_revoked_role_is_not_used_on(
+    aws: SandboxAWS, gateway: AwsGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("control.gateways.aws.time", clock)
+    role = _role(aws)
+    await gateway.assume(role)
+    aws.revoke_role(ACCOUNT)
+    clock.ahead = 3600 - 300
+    with pytest.raises(AwsError) as refused:
+        await gateway.assume(role)
+    assert refused.value.code == "AccessDenied"
 
 
 async def test_receive_and_delete(aws: SandboxAWS, gateway: AwsGateway) -> None:
