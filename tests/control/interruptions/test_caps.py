@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +18,9 @@ from control.interruptions.launching import Launcher, storm_pause
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
+from control.sandbox.aws.server import SandboxConfig
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from tests.control.interruptions.harness import stage as open_stage
 from warehouse.contracts import EventSource
 from warehouse.postgres.models import new_id
 
@@ -137,3 +142,34 @@ async def test_an_account_that_does_not_answer_holds_up_nobody_else(
     )
     assert {row.i for row in planned} == {quick, second}
     await launchers[0].finish_calls(10)
+
+
+@pytest.mark.storm
+@pytest.mark.timeout(300)
+async def test_two_hundred_launches_in_a_minute_take_few_calls(
+    database_url: str, clean_redis_url: str, tmp_path: Path
+) -> None:
+    """L-12: 200 notices over three zones in 60 s, against a bucket that refills with two calls a second."""
+    config = SandboxConfig(rate_limits={"RunInstances": (5.0, 2.0)})
+    async with open_stage(database_url, clean_redis_url, tmp_path, config=config) as stage:
+        await stage.launch_nodes(3)
+        zones = sorted({stage.zone_of(instance) for instance in stage.tenant.instances})
+        nodes = [await stage.tenant.node(availability_zone=zones[n % len(zones)]) for n in range(200)]
+        for _ in range(2):
+            stage.start_worker()
+        rng, began = random.Random(12), time.monotonic()
+        for node, moment in zip(nodes, sorted(rng.uniform(0, 60) for _ in nodes), strict=True):
+            await asyncio.sleep(max(0.0, began + moment - time.monotonic()))
+            stage.aws.send_event(stage.queue, stage.tenant.warning(node))
+
+        async def all_launched() -> bool:
+            return len(stage.ours()) >= 200
+
+        await stage.until(all_launched, 60)
+        await asyncio.sleep(5)
+        calls = [call for call in stage.aws.history(action="RunInstances") if call["params"].get("ClientToken")]
+        ours = [call for call in calls if "cloudoptim:batch" in str(call["params"])]
+        throttled = [call for call in ours if "RequestLimitExceeded" in call["outcome"]]
+        print(f"\n{len(stage.ours())} instances by {len(ours)} calls, {len(throttled)} throttled")  # noqa: T201
+        assert len(stage.ours()) == 200
+        assert len(ours) <= 40
