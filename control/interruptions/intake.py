@@ -42,10 +42,12 @@ BACKOFF_SECONDS = (1.0, 60.0)
 # every 20 s, so a queue that said nothing for twice as long is not read, and is told of within the minute.
 DEGRADED_AFTER_SECONDS = 40.0
 HEALTHY_SECONDS = 30.0
-# Leaving: a receive that found messages answers at once, an idle long poll is cut off after this long.
-CUT_SECONDS = 0.2
-# What was received is committed and deleted within this long, or given back (the worker has 3 s for it).
-CLOSE_SECONDS = 2.0
+# Leaving: a receive that finds messages answers at once, an idle long poll is cut off after this long. What SQS hands
+# to a connection in the moment it is cut comes back only after its visibility timeout (C-01).
+CUT_SECONDS = 1.0
+# What was received is committed and deleted within this long, or given back (the worker has 3 s for all of it).
+CLOSE_SECONDS = 1.5
+GIVE_BACK_SECONDS = 0.4
 # While Postgres is away: first success within 5 s of its return.
 DATABASE_BACKOFF_SECONDS = (0.2, 2.0)
 
@@ -202,7 +204,7 @@ class QueueReader:
             return
         handles = [message.receipt_handle for message in messages]
         try:
-            async with asyncio.timeout(CUT_SECONDS * 2):
+            async with asyncio.timeout(GIVE_BACK_SECONDS):
                 credentials = await self.runtime.aws.assume(self.source.role)
                 for start in range(0, len(handles), RECEIVE_BATCH):
                     await self.runtime.aws.give_back(
@@ -403,6 +405,9 @@ async def _end(tasks: set[asyncio.Task[None]], seconds: float) -> None:
     while tasks and (left := ends - time.monotonic()) > 0:
         await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         # Done callbacks take the tasks out of the group.
+        await asyncio.sleep(0)
+    # An answer that is here already is read before anybody is cut off, however busy the loop was.
+    for _ in range(5):
         await asyncio.sleep(0)
     for task in list(tasks):
         task.cancel()

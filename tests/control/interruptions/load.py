@@ -214,7 +214,8 @@ class Load:
         account = self.stage.tenant.account_id
         gone = [i.instance_id for i in self.stage.aws.instances(account_id=account, states=("terminated",))]
         async with self.stage.db.system() as conn:
-            await insert_rows(conn, "nodes", rows, order="instance_id")
+            # After a restored backup some are known.
+            await insert_rows(conn, "nodes", rows, order="instance_id", conflict="(cluster_id, instance_id) DO NOTHING")
             if gone:
                 await conn.execute(
                     text(

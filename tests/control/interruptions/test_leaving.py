@@ -67,7 +67,10 @@ async def _warned(stage: Stage) -> str:
 # --- leaving
 
 
-async def test_what_a_worker_received_it_takes_in_before_it_leaves(stage: Stage, aws: AwsGateway) -> None:
+async def test_what_a_worker_received_it_takes_in_before_it_leaves(
+    stage: Stage, aws: AwsGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "CUT_SECONDS", 0.2)
     reader = await _reader(stage, aws)
     async with _nothing_commits(stage.database_url):
         await _warned(stage)
@@ -83,6 +86,7 @@ async def test_what_a_worker_received_it_takes_in_before_it_leaves(stage: Stage,
 async def test_what_it_cannot_take_in_is_visible_to_others_at_once(
     stage: Stage, aws: AwsGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(intake_module, "CUT_SECONDS", 0.2)
     monkeypatch.setattr(intake_module, "CLOSE_SECONDS", 0.2)
     reader = await _reader(stage, aws)
     async with _nothing_commits(stage.database_url):
