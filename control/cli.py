@@ -84,6 +84,8 @@ def migrate(
     revision: Annotated[str, typer.Option(help="Where to go.")] = "head",
 ) -> None:
     """Bring the database's schema and the lake's tables up to date."""
+    from deltalake.exceptions import DeltaError
+
     from control.settings import SettingsError
     from control.supervisor import checks
     from control.supervisor.errors import UpError
@@ -105,6 +107,12 @@ def migrate(
             migrate_dagster(settings.home, settings.database_url)
     except (SettingsError, UpError, LakeError) as error:
         fail(str(error))
+    except (DeltaError, OSError) as error:
+        cause = str(error).splitlines()[0]
+        fail(
+            f"CLOUDOPTIM_LAKE_ROOT: the lake at {settings.lake_root} cannot be written ({cause}); "
+            "check the folder's rights, or the bucket's name, region and AWS credentials"
+        )
 
 
 @app.command()

@@ -29,6 +29,7 @@ from control.supervisor.environment import (
     uses_sandbox,
     with_config_file,
 )
+from control.supervisor.errors import UpError
 
 PROBE_TIMEOUT_SECONDS = 2
 PYTHON = sys.executable
@@ -73,7 +74,7 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     """Choose ports, generate secrets and compose the environment of every process.
 
     Raises:
-        UpError: a port variable is wrong.
+        UpError: a port variable is wrong, or the lake would be in the sandbox's buckets.
         SettingsError: outside the sandbox, a secret is missing or weak.
     """
     environ = with_config_file(environ)
@@ -88,6 +89,11 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     redis = EmbeddedRedis(home / "redis", port=ports["redis"]) if own_redis else None
     if not sandbox:
         settings.require_secrets()
+    elif "://" in settings.lake_root:
+        raise UpError(
+            f"CLOUDOPTIM_LAKE_ROOT is {settings.lake_root}, but the sandbox keeps no buckets over a restart; "
+            "choose a folder, or a real account with CLOUDOPTIM_SANDBOX=0"
+        )
     database_url = postgres.url() if postgres else settings.database_url
     environment = {
         **(sandbox_environment(ports["sandbox"], environ) if sandbox else {**environ, "CLOUDOPTIM_SANDBOX": "0"}),

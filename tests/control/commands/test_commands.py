@@ -114,6 +114,16 @@ def test_commands_find_a_running_server_through_its_home(lake, tmp_path):
     assert json.loads(done.stdout) == [{"n": 2}], done.stderr
 
 
+def test_a_lake_that_cannot_be_made_is_named_in_one_line(tmp_path, database_url):
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    root = str(in_the_way / "lake")
+    done = cloudoptim("migrate", CLOUDOPTIM_HOME=str(tmp_path), DATABASE_URL=database_url, CLOUDOPTIM_LAKE_ROOT=root)
+    assert done.returncode == 1
+    assert f"CLOUDOPTIM_LAKE_ROOT: the lake at {root} cannot be written" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_doctor_is_content_with_a_good_machine(tmp_path, database_url, redis_url):
     done = cloudoptim(
         "doctor",

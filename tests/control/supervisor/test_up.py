@@ -156,6 +156,14 @@ def test_unusable_redis_url_is_explained_in_one_line(start, redis_url):
     assert len(run.text.strip().splitlines()) == 1
 
 
+def test_a_lake_in_the_sandboxs_own_buckets_is_refused(start):
+    run = start(CLOUDOPTIM_LAKE_ROOT="s3://bucket/lake")
+    assert run.process.wait(30) == 1
+    assert "CLOUDOPTIM_LAKE_ROOT" in run.text
+    assert "the sandbox keeps no buckets" in run.text
+    assert len(run.text.strip().splitlines()) == 1
+
+
 def test_without_a_sandbox_weak_secrets_are_refused_by_name(start):
     run = start(CLOUDOPTIM_SANDBOX="0", JWT_SECRET_KEY="changeme")
     assert run.process.wait(30) == 1
