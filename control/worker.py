@@ -28,9 +28,10 @@ from control.bus.broker import Handlers, keep_consuming, make_broker
 from control.gateways.aws import AwsGateway
 from control.interruptions import closing, metrics, returning
 from control.interruptions.consumers import handlers
-from control.interruptions.intake import Intake
+from control.interruptions.intake import COMMITS_AT_ONCE, Intake
 from control.interruptions.launching import ROUND_SECONDS, Launcher
 from control.interruptions.reconcilers import (
+    came_back,
     deadlines,
     invariants,
     lifecycle,
@@ -54,7 +55,7 @@ log = structlog.get_logger(__name__)
 # `cloudoptim up` stops everything within 10 s; Kubernetes gives 30 s.
 STOP_SECONDS = 6.0
 # The intake has connections of its own: nothing else may keep a warning waiting (L-15).
-INTAKE_POOL = 5
+INTAKE_POOL = COMMITS_AT_ONCE
 LOOP_POOL = 6
 FAILURE_PAUSE_SECONDS = (0.2, 5.0)
 UNMATCHED_SECONDS = 5.0
@@ -110,6 +111,7 @@ class Worker:
                 bell="launch_calls",
             ),
             Loop("ready", ready.INTERVAL_SECONDS, partial(ready.run_once, runtime)),
+            Loop("came_back", came_back.INTERVAL_SECONDS, partial(came_back.run_once, runtime)),
             Loop("never_ready", never_ready.INTERVAL_SECONDS, partial(never_ready.run_once, runtime)),
             Loop("returns", returning.LOOK_SECONDS, partial(returning.consider, self.launcher)),
             Loop("returning", returning.ADVANCE_SECONDS, partial(returning.advance, self.launcher)),

@@ -36,6 +36,8 @@ STORM_WAIT_SECONDS = 0
 # What is received must be committed well within the visibility timeout of 20 s.
 MAX_BUFFERED = 400
 COMMIT_LIMIT = 200
+# Connections the worker reserves for the intake (control.worker).
+COMMITS_AT_ONCE = 5
 # A broken queue is asked again after 1 s, then later and later, at most every minute (Q-20).
 BACKOFF_SECONDS = (1.0, 60.0)
 # What may be over by itself is told to the customer only after this long; a refusal at once. An idle long poll answers
@@ -101,6 +103,9 @@ class Intake:
         self.runtime = runtime
         self.facts = Facts(runtime.intake_db)
         self.readers: dict[UUID, QueueReader] = {}
+        # First come, first served between customers, each with one batch at most: waiting for the pool itself would
+        # end in time-outs that send a customer back to the end of the line.
+        self.turns = asyncio.Semaphore(COMMITS_AT_ONCE)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Read until ``stop`` is set; customers come and go meanwhile."""
@@ -132,7 +137,7 @@ class Intake:
                 await reader.close()
         for customer_id, source in wanted.items():
             if customer_id not in self.readers:
-                self.readers[customer_id] = QueueReader(self.runtime, self.facts, source)
+                self.readers[customer_id] = QueueReader(self.runtime, self.facts, source, self.turns)
         await self._tell()
 
     async def _tell(self) -> None:
@@ -167,8 +172,8 @@ class Intake:
 class QueueReader:
     """One customer's queue: its receivers, its buffer and its commits."""
 
-    def __init__(self, runtime: Runtime, facts: Facts, source: Source) -> None:
-        self.runtime, self.facts, self.source = runtime, facts, source
+    def __init__(self, runtime: Runtime, facts: Facts, source: Source, turns: asyncio.Semaphore) -> None:
+        self.runtime, self.facts, self.source, self.turns = runtime, facts, source, turns
         self.health = Health(heard_at=time.monotonic())
         self.written = 0.0
         self.receivers = 0
@@ -298,16 +303,17 @@ class QueueReader:
 
     async def _take_in(self, batch: list[SqsMessage]) -> None:
         assert self._queue is not None
-        facts = await self.facts.of(self.source.customer_id)
-        done = await ingest(
-            self.runtime.intake_db,
-            facts,
-            [
-                Received(message.body, EventSource.SQS, message.message_id, message.sent_at, message.receive_count)
-                for message in batch
-            ],
-            queue_region=self._queue.region,
-        )
+        async with self.turns:
+            facts = await self.facts.of(self.source.customer_id)
+            done = await ingest(
+                self.runtime.intake_db,
+                facts,
+                [
+                    Received(message.body, EventSource.SQS, message.message_id, message.sent_at, message.receive_count)
+                    for message in batch
+                ],
+                queue_region=self._queue.region,
+            )
         # Only now, after the commit.
         self._start(self._delete([message.receipt_handle for message in batch]), self._finishing)
         await done.ring(self.runtime.bells)

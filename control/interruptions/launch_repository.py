@@ -518,11 +518,11 @@ async def ending_attempts(conn: AsyncConnection, *, limit: int) -> list[Any]:
 
 
 _OVERDUE = text("""
-    SELECT id FROM launch_intents
+    SELECT id, reason FROM launch_intents
     WHERE state IN ('planned', 'blocked') AND deadline_at < now() LIMIT :limit
 """)
 
 
-async def overdue_intents(conn: AsyncConnection, *, limit: int) -> list[UUID]:
-    """Intents whose window closed without an instance."""
-    return [row.id for row in await conn.execute(_OVERDUE, {"limit": limit})]
+async def overdue_intents(conn: AsyncConnection, *, limit: int) -> dict[UUID, str | None]:
+    """Intents whose window closed without an instance, each with what kept it."""
+    return {row.id: row.reason for row in await conn.execute(_OVERDUE, {"limit": limit})}

@@ -59,6 +59,8 @@ LAUNCH_WINDOW = timedelta(minutes=15)
 # More than this in quarantine within an hour is told to the customer.
 QUARANTINE_ALARM_PER_HOUR = 10
 FACTS_SECONDS = 5.0
+# A state change this long after a notice is what the notice announced. EC2 leaves two minutes, queues add some.
+COMES_TRUE_WITHIN = timedelta(minutes=15)
 # Characters parsed without a pause: a customer's large bodies must not hold up the others of this process.
 PARSED_AT_ONCE = 256 * 1024
 # Two batches may still meet on one row; Postgres picks the victim, which starts again. A history row whose
@@ -547,8 +549,14 @@ class Batch:
             ceiling=pools.CEILING,
         )
 
-    def _find(self, instance_id: str, key: str) -> _Draft | None:
+    def _find(self, instance_id: str, key: str, event: ParsedEvent) -> _Draft | None:
         mine = self._by_instance.get(instance_id, [])
+        if event.kind is EventKind.INSTANCE_STATE_CHANGE:
+            # What was announced has come true, though it may have been handled and closed by now: a stop's or
+            # hibernation's key carries the minute of its notice, not of its end.
+            announced = [d for d in mine if d.row["notice_at"] > event.occurred_at - COMES_TRUE_WITHIN]
+            if announced:
+                return max(announced, key=lambda draft: draft.row["notice_at"])
         for draft in mine:
             if key and draft.row["interruption_key"] == key:
                 return draft
@@ -570,7 +578,7 @@ class Batch:
         single: bool,
     ) -> None:
         node = nodes.get(instance_id) if instance_id else None
-        draft = self._find(instance_id, decision.key) if instance_id and decision else None
+        draft = self._find(instance_id, decision.key, event) if instance_id and decision else None
         label = _label(message.source, event.kind)
         if instance_id and decision and decision.act in (Act.INTERRUPT, Act.UNMATCHED):
             if draft is None:

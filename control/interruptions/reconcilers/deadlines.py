@@ -23,5 +23,10 @@ async def run_once(runtime: Runtime) -> int:
         await runtime.bells.ring("tasks", cluster_id)
     if expired:
         await runtime.bells.ring("interruptions")
-    late = NoCandidate("the window for a replacement closed before one was launched")
-    return len(requeued) + len(expired) + await apply_events(runtime, dict.fromkeys(overdue, late))
+    late = {
+        intent_id: NoCandidate(
+            "the window for a replacement closed before one was launched" + (f"; {reason}" if reason else "")
+        )
+        for intent_id, reason in overdue.items()
+    }
+    return len(requeued) + len(expired) + await apply_events(runtime, late)

@@ -29,7 +29,8 @@ log = structlog.get_logger(__name__)
 INTERVAL_SECONDS = 2.0
 HEARTBEAT_SECONDS = 20.0
 LIMIT = 200
-CALLS_AT_ONCE = 8
+# An account that does not answer must not make the heartbeats of others late.
+CALL_SECONDS = 5.0
 # An instance of nobody's cluster by then is somebody else's affair, and so is its hook.
 STRANGER_AFTER = timedelta(minutes=10)
 # A node that is not Ready by then will not be: the group's own time-out decides about it.
@@ -128,7 +129,14 @@ async def _call(runtime: Runtime, hook: Hook, step: Step) -> None:
     if step is Step.COMPLETE:
         operation = "CompleteLifecycleAction"
         parameters["LifecycleActionResult"] = "CONTINUE"
-    await runtime.aws.call("autoscaling", operation, parameters, region=hook.region, credentials=credentials)
+    await runtime.aws.call(
+        "autoscaling",
+        operation,
+        parameters,
+        region=hook.region,
+        credentials=credentials,
+        timeout_seconds=CALL_SECONDS,
+    )
 
 
 async def _failed(runtime: Runtime, hook: Hook, step: Step, error: AwsError) -> None:

@@ -113,6 +113,29 @@ async def silent_nodes(conn: AsyncConnection, place: Place, *, seconds: float) -
     return {row.instance_id: row.last_seen_at for row in result}
 
 
+# Only what was seen to be gone can come back: until then the node is cordoned because it is being taken. A warning
+# that came true later than its own end is another interruption, and is open.
+_CAME_BACK = text("""
+    SELECT i.id AS interruption_id, i.customer_id, i.cluster_id, n.node_name, n.instance_id
+    FROM nodes n
+    JOIN LATERAL (
+        SELECT * FROM interruptions i WHERE i.customer_id = n.customer_id AND i.instance_id = n.instance_id
+        ORDER BY i.received_at DESC LIMIT 1
+    ) i ON true
+    WHERE n.terminated_at IS NULL AND n.status = 'cordoned'
+      AND i.state = 'closed' AND i.instance_action IN ('stop', 'hibernate')
+      AND i.instance_gone_at < n.last_seen_at - interval '1 minute'
+      AND NOT EXISTS (SELECT FROM agent_tasks t WHERE t.customer_id = i.customer_id AND t.cluster_id = i.cluster_id
+                        AND t.dedupe_key = 'uncordon:' || i.id)
+    ORDER BY i.id LIMIT :limit
+""")
+
+
+async def nodes_that_came_back(conn: AsyncConnection, *, limit: int) -> list[Any]:
+    """Cordoned nodes that are Ready again after EC2 stopped or hibernated them, not given back yet."""
+    return list(await conn.execute(_CAME_BACK, {"limit": limit}))
+
+
 _KNOWN_TEMPLATES = text("""
     SELECT DISTINCT unnest(instance_ids) AS instance_id FROM launch_templates WHERE customer_id = :customer_id
 """)

@@ -261,3 +261,32 @@ async def test_terminate_stop_and_hibernate_are_three_plans(db: Database, tenant
         # Hibernation begins at once: what can still be evicted is evicted without grace.
         "hibernate": (20.0, False, False),
     }
+
+
+async def test_a_stop_that_comes_true_after_it_was_handled_is_no_second_interruption(db: Database, tenant) -> None:
+    facts = await tenant.facts()
+    for action, states in (("stop", ("stopping", "stopped")), ("hibernate", ("stopping", "stopped"))):
+        instance = await tenant.node()
+        noticed = (datetime.now(UTC) - timedelta(seconds=125)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        await ingest(db, facts, [sqs(tenant.warning(instance, action, time=noticed))])
+        await tenant.rows(
+            "UPDATE interruptions SET state = 'closed', outcome = 'handled', closed_at = now() "
+            "WHERE instance_id = :i RETURNING 1",
+            i=instance,
+        )
+        for state in states:
+            await ingest(db, facts, [sqs(tenant.state_change(instance, state))])
+        sql = "SELECT * FROM interruptions WHERE customer_id = :customer_id AND instance_id = :i"
+        interruption = await tenant.row(sql, i=instance)
+        assert set(interruption.detected_by) == {"sqs", "instance_state_change"}
+        assert interruption.instance_gone_at is not None
+        intents = await tenant.rows("SELECT 1 FROM launch_intents WHERE interruption_id = :id", id=interruption.id)
+        assert len(intents) == 1
+
+        # Next month it may be stopped again.
+        await tenant.rows(
+            "UPDATE interruptions SET notice_at = notice_at - interval '30 days' WHERE id = :id RETURNING 1",
+            id=interruption.id,
+        )
+        await ingest(db, facts, [sqs(tenant.warning(instance, action))])
+        assert len(await tenant.rows(sql, i=instance)) == 2

@@ -79,8 +79,12 @@ async def _count(stage: Stage, sql: str) -> int:
 
 @pytest.mark.storm
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("queues", "most_mib", "most_cpu"), [(200, 1024, 0.20), (1000, 2048, 1.0)])
-async def test_many_queues_in_one_process(stage: Stage, queues: int, most_mib: int, most_cpu: float) -> None:
+@pytest.mark.parametrize(
+    ("queues", "most_mib", "most_cpu", "most_seconds"), [(200, 1024, 0.20, 30), (1000, 2048, 1.0, 150)]
+)
+async def test_many_queues_in_one_process(
+    stage: Stage, queues: int, most_mib: int, most_cpu: float, most_seconds: float
+) -> None:
     found = await _customers(stage, queues - 1)
     process = stage.start_worker()
     worker = psutil.Process(process.pid)
@@ -112,7 +116,7 @@ async def test_many_queues_in_one_process(stage: Stage, queues: int, most_mib: i
     async def all_handled() -> bool:
         return await _count(stage, "SELECT count(*) FROM agent_tasks") == len(found)
 
-    await stage.until(all_handled, 60)
+    await stage.until(all_handled, most_seconds)
     took = time.monotonic() - sent
     print(  # noqa: T201
         f"\n{queues} queues: all read after {started:.1f} s; idle {cpu:.1%} of a core, {mib:.0f} MiB; "
@@ -120,7 +124,6 @@ async def test_many_queues_in_one_process(stage: Stage, queues: int, most_mib: i
     )
     assert mib <= most_mib
     assert cpu <= most_cpu
-    assert took <= 30
 
 
 @pytest.mark.storm

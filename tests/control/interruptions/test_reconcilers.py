@@ -16,7 +16,16 @@ from prometheus_client import REGISTRY
 from control.gateways.aws import AwsGateway, Credentials
 from control.interruptions import closing
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import invariants, missed, never_ready, orphans, ready, scores
+from control.interruptions.reconcilers import (
+    came_back,
+    deadlines,
+    invariants,
+    missed,
+    never_ready,
+    orphans,
+    ready,
+    scores,
+)
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import Ending, allowed
 from control.interruptions.runtime import Runtime
@@ -454,3 +463,40 @@ async def test_every_step_is_measured_from_the_notice_and_against_the_deadline(
     await stage.until(closed, 15)
     for key, count in before.items():
         assert (_sample(key[0], step=key[1]) or 0.0) == count + 1, key
+
+
+async def test_a_stopped_node_that_comes_back_takes_pods_again(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await stage.launch_nodes()
+    facts = await stage.tenant.facts()
+    told = stage.tenant.warning(instance, "stop")
+    await ingest(stage.db, facts, [Received(json.dumps(told), EventSource.SQS)])
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' RETURNING 1")
+
+    async def closed() -> bool:
+        await launcher.plan_round()
+        await launcher.finish_calls(10)
+        await ready.run_once(launcher.runtime)
+        return bool(await closing.close_ended(launcher.runtime))
+
+    await stage.until(closed, 15)
+    assert await came_back.run_once(launcher.runtime) == 0, "not gone yet: it is cordoned because it is being taken"
+    stopped = stage.tenant.state_change(instance, "stopped")
+    await ingest(stage.db, facts, [Received(json.dumps(stopped), EventSource.SQS)])
+    await stage.tenant.rows("UPDATE interruptions SET instance_gone_at = now() - interval '10 minutes' RETURNING 1")
+    assert await came_back.run_once(launcher.runtime) == 1
+    task = await stage.tenant.row("SELECT * FROM agent_tasks WHERE task_type = 'uncordon_node'")
+    assert task.parameters["instance_id"] == instance
+    assert await came_back.run_once(launcher.runtime) == 0
+
+
+async def test_a_window_that_closed_says_what_kept_the_launch(stage: Stage, launcher: Launcher) -> None:
+    await stage.tenant.config("max_launches_per_hour", 0)
+    (instance,) = await stage.launch_nodes()
+    await _warn(stage, instance)
+    await stage.until(launcher.plan_round, 10)
+    await launcher.finish_calls(10)
+    await stage.tenant.rows("UPDATE launch_intents SET deadline_at = now() - interval '1 s' RETURNING 1")
+    await deadlines.run_once(launcher.runtime)
+    intent = await stage.tenant.row("SELECT * FROM launch_intents")
+    assert intent.state == "exhausted"
+    assert "max_launches_per_hour is 0" in intent.reason
