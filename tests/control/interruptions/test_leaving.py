@@ -43,7 +43,8 @@ async def _reader(stage: Stage, aws: AwsGateway) -> QueueReader:
     customer = await stage.tenant.row("SELECT * FROM customers WHERE id = :customer_id")
     role = Role(customer.id, customer.aws_role_arn, str(customer.external_id))
     runtime = Runtime(stage.db, stage.db, aws, stage.bells, "reader", DEPLOYMENT)
-    return QueueReader(runtime, Facts(stage.db), Source(customer.id, customer.sqs_queue_url, role))
+    source = Source(customer.id, customer.sqs_queue_url, role)
+    return QueueReader(runtime, Facts(stage.db), source, asyncio.Semaphore(1))
 
 
 @asynccontextmanager

@@ -66,7 +66,8 @@ async def nothing_is_deleted_that_is_not_committed(stage: Stage, launcher: Launc
 
     patch = pytest.MonkeyPatch()
     patch.setattr(intake_module, "ingest", postgres_dies_once)
-    reader = QueueReader(launcher.runtime, Facts(stage.db), Source(customer.id, customer.sqs_queue_url, role))
+    source = Source(customer.id, customer.sqs_queue_url, role)
+    reader = QueueReader(launcher.runtime, Facts(stage.db), source, asyncio.Semaphore(1))
     stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
     try:
         async with asyncio.timeout(10):

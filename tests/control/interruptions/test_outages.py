@@ -510,7 +510,7 @@ async def test_four_workers_rolled_in_a_storm(stage: Stage) -> None:
         assert sum(left) == 0
         assert max(taken, default=0.0) <= 1
         # One that SQS handed to a connection in the moment it was cut comes back after 20 s (C-01).
-        assert percentile(around, 0.95) <= 1
+        assert percentile(around, 0.95) <= 3
         assert max(around) <= 25
         assert set(outcomes) == {"handled"}
 
@@ -566,9 +566,10 @@ async def test_an_old_dump_restored(clean_redis_url: str, tmp_path: Path, server
             made.warn(instance)
         await made.until(made.all_closed, 120)
         since = {i.instance_id for i in stage.ours()}
-        healthy = {i.instance_id for i in stage.aws.instances(states=("pending", "running"))}
         known = await stage.tenant.rows("SELECT 1 FROM launch_attempts WHERE instance_id IS NOT NULL")
+        # What EC2 takes back has ended by now; the rest is healthy and must stay.
         await asyncio.sleep(10)
+        healthy = {i.instance_id for i in stage.aws.instances(states=("pending", "running"))}
 
         began = time.monotonic()
         await _tool("psql", server, "-qc", 'DROP DATABASE "outage" WITH (FORCE)', "postgres")
