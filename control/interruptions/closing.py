@@ -23,7 +23,7 @@ from control.interruptions.states import (
     close_open,
     close_unmatched,
 )
-from warehouse.contracts import InterruptionAction
+from warehouse.contracts import EventKind, InterruptionAction
 from warehouse.postgres.models import new_id
 
 LIMIT = 500
@@ -37,7 +37,12 @@ async def close_ended(runtime: Runtime) -> int:
     closed: list[tuple[Ended, Closing]] = []
     async with runtime.db.system() as conn:
         for row in await closing_repository.ended_interruptions(conn, limit=LIMIT):
-            branches = Branches(row.drain, row.drained_at, IntentState(row.launch) if row.launch else None)
+            branches = Branches(
+                row.drain,
+                row.drained_at,
+                IntentState(row.launch) if row.launch else None,
+                kept=_kept(row.kind, row.launch) and row.instance_gone_at is None,
+            )
             closing = close_open(branches, deadline_at=row.deadline_at)
             if closing is not None:
                 closed.append((row, closing))
@@ -134,14 +139,15 @@ async def begin_waiting_drains(runtime: Runtime) -> int:
         for row in rows:
             deadline = max(row.deadline_at, now + PRE_SPIN_DRAIN_LEAD)
             changes.append({"id": row.id, "version": row.version + 1, "deadline_at": deadline})
-            alive = row.node_id is not None and row.terminated_at is None
+            kept = _kept(row.kind, row.launch)
+            alive = row.node_id is not None and row.terminated_at is None and not kept
             history.append(
                 {
                     "customer_id": row.customer_id,
                     "interruption_id": row.id,
                     "version": row.version + 1,
                     "at": now,
-                    "event": "drain_begun" if alive else "drain_not_needed",
+                    "event": "drain_begun" if alive else "node_kept" if kept else "drain_not_needed",
                     "state": "open",
                     "detail": {"deadline_at": deadline},
                 }
@@ -154,6 +160,11 @@ async def begin_waiting_drains(runtime: Runtime) -> int:
     for cluster_id in {task.cluster_id for task in tasks}:
         await runtime.bells.ring("tasks", cluster_id)
     return len(rows)
+
+
+def _kept(kind: str, launch: str | None) -> bool:
+    """A recommendation is a rumour: without a Ready replacement the node stays. What EC2 announced comes true."""
+    return kind == EventKind.REBALANCE_RECOMMENDATION and launch != "ready"
 
 
 def _node(row: Any) -> NodeFacts:

@@ -92,9 +92,9 @@ async def set_replacements(conn: AsyncConnection, rows: Sequence[Mapping[str, An
 
 
 _WAITING = text("""
-    SELECT i.id, i.customer_id, i.version, i.instance_action, i.deadline_at, n.cluster_id, n.id AS node_id,
-           n.node_name, n.instance_id, n.instance_type, n.availability_zone, n.node_type, c.region, n.last_seen_at,
-           n.terminated_at
+    SELECT i.id, i.customer_id, i.version, i.kind, i.instance_action, i.deadline_at, l.state AS launch, n.cluster_id,
+           n.id AS node_id, n.node_name, n.instance_id, n.instance_type, n.availability_zone, n.node_type, c.region,
+           n.last_seen_at, n.terminated_at
     FROM interruptions i
     JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
     JOIN clusters c ON c.id = i.cluster_id

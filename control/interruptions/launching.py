@@ -79,6 +79,8 @@ TEMPLATE_SECONDS = 10.0
 NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launched"
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
+# Clusters planned at once: warnings that come in meanwhile must get their turns of the process.
+PLANS_AT_ONCE = 16
 # What a cap holds back is looked at again this often; an hour's window moves on by itself.
 CAPPED_SECONDS = 30.0
 # From so many calls of an account in a region within a minute on, a cluster's intents are gathered for longer: EC2
@@ -103,6 +105,7 @@ class Launcher:
         self._markets: dict[str, tuple[float, dict[str, TypeFacts], dict[tuple[str, str], float]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._plans: set[asyncio.Task[None]] = set()
+        self._planning = asyncio.Semaphore(PLANS_AT_ONCE)
 
     # --- planning
 
@@ -132,7 +135,8 @@ class Launcher:
     async def _plan(self, cluster: ClusterFacts, intents: list[IntentRow]) -> None:
         ids = [intent.id for intent in intents]
         try:
-            async with self._heartbeat(partial(launch_repository.keep_intents, ids=ids, worker=self.runtime.worker)):
+            keep = partial(launch_repository.keep_intents, ids=ids, worker=self.runtime.worker)
+            async with self._heartbeat(keep), self._planning:
                 await self._plan_cluster(cluster, intents)
         except Exception as error:
             # The intents keep their lease and are planned again, by anybody, when it ends.

@@ -780,13 +780,19 @@ class Batch:
         }
 
     def _score(self, event: ParsedEvent, decision: Decision | None, node: NodeFacts | None) -> None:
+        policy = self.policies[event.kind]
+        if policy is Policy.IGNORE:
+            return
         if event.kind is EventKind.REBALANCE_RECOMMENDATION and node is not None:
             self.pool_signals.append((node.region, node.availability_zone, node.instance_type, "rebalance"))
+        if event.kind is EventKind.SPOT_INTERRUPTION and policy is Policy.SCORE and node is not None:
+            # Nothing is done about it, and the pool is what it is.
+            self.pool_signals.append((node.region, node.availability_zone, node.instance_type, "interruption"))
         if event.kind is EventKind.LAUNCH_UNSUCCESSFUL:
             details = event.detail.get("Details")
             zone = details.get("Availability Zone") if isinstance(details, dict) else None
             lacking = _CAPACITY_OF_TYPE.search(str(event.detail.get("StatusMessage", "")))
-            if isinstance(zone, str) and lacking and self.policies[event.kind] is not Policy.IGNORE:
+            if isinstance(zone, str) and lacking:
                 self.pool_signals.append((event.region, zone, lacking.group(1), "refusal"))
 
     def _hook(

@@ -320,13 +320,15 @@ class Outcome(StrEnum):
 class Branches:
     """Where the two branches of an interruption stand. None: that branch was never wanted.
 
-    ``drain_pending`` is true while a drain will follow the replacement (policy ``pre_spin``).
+    ``drain_pending`` is true while a drain will follow the replacement (policy ``pre_spin``). ``kept``: the node lives
+    on, because there was no replacement and the signal alone is no reason to lose it.
     """
 
     drain: str | None
     drained_at: datetime | None
     launch: IntentState | None
     drain_pending: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +362,8 @@ def close_open(branches: Branches, *, deadline_at: datetime) -> Closing | None:
             return Closing(Outcome.CANCELLED, _join("the drain was superseded", lacking))
         case None if branches.launch is IntentState.CANCELLED:
             return Closing(Outcome.CANCELLED, "nothing to replace")
+        case None if branches.kept:
+            return Closing(Outcome.CANCELLED, _join("the node is kept", lacking))
         case None:
             return Closing(Outcome.MISSED, _join("the instance was gone before it could be drained", lacking))
         case "expired":

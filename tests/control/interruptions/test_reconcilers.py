@@ -500,3 +500,93 @@ async def test_a_window_that_closed_says_what_kept_the_launch(stage: Stage, laun
     intent = await stage.tenant.row("SELECT * FROM launch_intents")
     assert intent.state == "exhausted"
     assert "max_launches_per_hour is 0" in intent.reason
+
+
+async def _told(stage: Stage, document: dict[str, Any]) -> None:
+    await ingest(stage.db, await stage.tenant.facts(), [Received(json.dumps(document), EventSource.SQS)])
+
+
+async def _replaced(stage: Stage, launcher: Launcher) -> None:
+    async def ended() -> bool:
+        await launcher.plan_round()
+        await launcher.finish_calls(10)
+        await ready.run_once(launcher.runtime)
+        rows = await stage.tenant.rows("SELECT 1 FROM launch_intents WHERE state IN ('ready', 'exhausted')")
+        return bool(rows)
+
+    await stage.until(ended, 15)
+
+
+async def _outcome(stage: Stage, launcher: Launcher) -> Any:
+    await stage.until(lambda: closing.close_ended(launcher.runtime), 10)
+    return await stage.tenant.row("SELECT * FROM interruptions")
+
+
+async def test_replacement_first_then_the_drain(stage: Stage, launcher: Launcher) -> None:
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    (instance,) = await stage.launch_nodes()
+    await _told(stage, stage.tenant.rebalance(instance))
+    assert await closing.begin_waiting_drains(launcher.runtime) == 0
+    assert await stage.tenant.rows("SELECT 1 FROM agent_tasks") == []
+    await _replaced(stage, launcher)
+    assert await closing.begin_waiting_drains(launcher.runtime) == 1
+    task = await stage.tenant.row("SELECT * FROM agent_tasks")
+    assert task.parameters["instance_id"] == instance
+    assert (await _outcome(stage, launcher)).outcome == "handled"
+
+
+async def test_a_warning_does_not_wait_for_the_replacement(stage: Stage, launcher: Launcher) -> None:
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    (instance,) = await stage.launch_nodes()
+    await _told(stage, stage.tenant.rebalance(instance))
+    await _told(stage, stage.tenant.warning(instance))
+    task = await stage.tenant.row("SELECT * FROM agent_tasks")
+    assert task.parameters["instance_id"] == instance
+    assert len(await stage.tenant.rows("SELECT 1 FROM launch_intents")) == 1
+    assert await closing.begin_waiting_drains(launcher.runtime) == 0
+
+
+async def test_without_a_replacement_a_rumour_costs_no_node_and_a_maintenance_does(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    (instance,) = await stage.launch_nodes()
+    await _told(stage, stage.tenant.rebalance(instance))
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'exhausted' RETURNING 1")
+    await closing.begin_waiting_drains(launcher.runtime)
+    assert await stage.tenant.rows("SELECT 1 FROM agent_tasks") == []
+    closed = await _outcome(stage, launcher)
+    assert (closed.outcome, closed.reason) == ("cancelled", "the node is kept; no replacement could be launched")
+    history = await stage.tenant.rows("SELECT version, event FROM interruption_history ORDER BY version")
+    assert [(row.version, row.event) for row in history] == [(1, "detected"), (2, "node_kept"), (3, "closed")]
+
+    (other,) = await stage.launch_nodes()
+    retirement = stage.tenant.event(
+        "AWS Health Event",
+        {
+            "service": "EC2",
+            "eventTypeCategory": "scheduledChange",
+            "eventTypeCode": "AWS_EC2_PERSISTENT_INSTANCE_RETIREMENT_SCHEDULED",
+            "affectedEntities": [{"entityValue": other}],
+        },
+        source="aws.health",
+    )
+    await _told(stage, retirement)
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'exhausted' RETURNING 1")
+    assert await closing.begin_waiting_drains(launcher.runtime) == 1
+    assert (await stage.tenant.row("SELECT * FROM agent_tasks")).parameters["instance_id"] == other
+
+
+@pytest.mark.parametrize(("policy", "points"), [("ignore", []), ("score", [(1, 1)])])
+async def test_events_that_are_ignored_or_scored_move_nothing(
+    stage: Stage, launcher: Launcher, policy: str, points: list[tuple[int, int]]
+) -> None:
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": policy, "spot_interruption": policy})
+    (instance,) = await stage.launch_nodes()
+    for document in (stage.tenant.rebalance(instance), stage.tenant.warning(instance)):
+        await _told(stage, document)
+    for table in ("interruptions", "agent_tasks", "launch_intents"):
+        assert await stage.tenant.rows(f"SELECT 1 FROM {table}") == []
+    assert len(await stage.tenant.rows("SELECT 1 FROM spot_events")) == 2
+    rows = await stage.tenant.rows("SELECT rebalances, interruptions FROM pool_standings")
+    assert [tuple(row) for row in rows] == points
