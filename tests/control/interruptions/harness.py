@@ -163,20 +163,30 @@ class Stage:
         # Those that started while nobody listened.
         for instance in self.ours(alive=True):
             started.put_nowait(instance)
-        while True:
-            instance = await started.get()
-            ours = instance.tags.get("cloudoptim:managed") == DEPLOYMENT
-            if not ours or not self.nodes_join or instance.instance_id in self.tenant.instances:
-                continue
-            await asyncio.sleep(self.join_seconds)
-            if instance.instance_id not in {found.instance_id for found in self.ours(alive=True)}:
-                continue
-            await self.tenant.node(
-                instance.instance_id,
-                instance_type=instance.instance_type,
-                availability_zone=instance.zone_name,
-                node_type=instance.lifecycle,
-            )
+        joining: set[str] = set()
+        async with asyncio.TaskGroup() as tasks_of_nodes:
+            while True:
+                instance = await started.get()
+                ours = instance.tags.get("cloudoptim:managed") == DEPLOYMENT
+                known = instance.instance_id in joining or instance.instance_id in self.tenant.instances
+                if ours and self.nodes_join and not known:
+                    joining.add(instance.instance_id)
+                    tasks_of_nodes.create_task(self._join(instance))
+
+    async def _join(self, instance: Instance) -> None:
+        await asyncio.sleep(self.join_seconds)
+        if self.state_of(instance.instance_id) not in ("pending", "running"):
+            return
+        await self.tenant.node(
+            instance.instance_id,
+            instance_type=instance.instance_type,
+            availability_zone=instance.zone_name,
+            node_type=instance.lifecycle,
+        )
+
+    def state_of(self, instance_id: str) -> str:
+        """An instance's state as EC2 has it now."""
+        return self.aws._instances.by_id[instance_id].state(self.aws._instances.clock())
 
     async def _agent(self) -> None:
         """A good agent: long polls by bell, drains in no time, reports until it is accepted."""
@@ -270,9 +280,9 @@ class Stage:
 
     # --- time that passes, without waiting for it
 
-    def redeliver(self) -> None:
+    def redeliver(self, name: str | None = None) -> None:
         """The visibility timeout is over: what was received and not deleted is visible again."""
-        queue = self.aws._queue(self.queue)
+        queue = self.aws._queue(name or self.queue)
         for message in list(queue.by_id.values()):
             if message.visible_at > time.time():
                 self.aws._sqs.change_visibility(queue, f"{message.id}:{message.receipt}", 0)

@@ -138,17 +138,12 @@ class Trials:
         self.decoys = [nodes.pop() for _ in range(DECOYS)]
         late = nodes.pop()
         mine = stage.tenant.account_id
-        for action in ("RunInstances", "DeleteMessageBatch", "TerminateInstances", "DescribeInstances"):
-            stage.aws.inject(
-                Fault(
-                    "drop_after",
-                    action=action,
-                    account_id=mine,
-                    probability=LOST_ANSWERS,
-                    seed=self.seed,
-                    count=None,
-                )
-            )
+        losses = [
+            Fault("drop_after", action=action, account_id=mine, probability=LOST_ANSWERS, seed=self.seed, count=None)
+            for action in ("RunInstances", "DeleteMessageBatch", "TerminateInstances", "DescribeInstances")
+        ]
+        for fault in losses:
+            stage.aws.inject(fault)
         self.alive = [stage.start_worker() for _ in range(self.workers)]
         hurrying = asyncio.create_task(self._hurry()) if self.hurry else None
         try:
@@ -161,6 +156,7 @@ class Trials:
                 hurrying.cancel()
                 await asyncio.gather(hurrying, return_exceptions=True)
         await self._count()
+        self.summary.lost_answers = sum(fault.struck for fault in losses)
         self.summary.seconds = time.monotonic() - started
         return self.summary
 
@@ -239,11 +235,13 @@ class Trials:
             await self.stage.pass_rounds()
 
     async def _settle(self) -> None:
-        """Until every interruption is closed and no instance is left over, or the time for it is over."""
-        ends = time.monotonic() + self.settle_seconds
+        """Until every interruption is closed and no instance is left over, or nothing has moved for too long."""
+        ends, last = time.monotonic() + self.settle_seconds, 0
         while time.monotonic() < ends:
             rows = await self.stage.interruptions()
             closed = {row.instance_id for row in rows if row.state == "closed"}
+            if len(closed) > last:
+                ends, last = time.monotonic() + self.settle_seconds, len(closed)
             if closed >= {*self.warned, *self.silent} and len(closed) == len(rows):
                 break
             if self._surely_lost({row.instance_id for row in rows}):
@@ -282,7 +280,6 @@ class Trials:
             if instance not in by_instance or by_instance[instance].state != "closed":
                 summary.broken.append(await self._story(instance))
         summary.acted_on_forged = sum(1 for instance in self.decoys if instance in by_instance)
-        summary.lost_answers = sum(1 for entry in stage.calls() if str(entry["outcome"]).startswith("fault:drop_after"))
         summary.orphans = len(await self._orphans())
         summary.duplicates = await self._duplicates()
         summary.wrong_terminations = await self._wrong_terminations()
@@ -336,11 +333,9 @@ class Trials:
             "SELECT instance_id FROM launch_attempts WHERE state IN ('launched', 'adopted', 'ready')"
         )
         wanted = {row.instance_id for row in rows}
-        ended = {
-            instance_id
-            for entry in self.stage.aws.history(action="TerminateInstances")
-            for instance_id in entry["params"].get("InstanceId", [])
-        }
+        # Reading it back takes a while; other lanes go on meanwhile.
+        calls = await asyncio.to_thread(self.stage.aws.history, action="TerminateInstances")
+        ended = {instance_id for entry in calls for instance_id in entry["params"].get("InstanceId", [])}
         return len(ended - ours) + len(ended & wanted)
 
     async def _seen_of_others(self) -> int:
