@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from types import FrameType
 
 import structlog
 from fastapi import APIRouter, FastAPI
@@ -137,9 +140,33 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await stack.enter_async_context(context.ingest.running())
         await stack.enter_async_context(context.watch.running())
         await stack.enter_async_context(health.broker_running(context))
+        stack.enter_context(_answering_before_the_end(context.watch))
         log.info("control.started", sandbox=settings.sandbox)
         yield
         log.info("control.stopping")
+
+
+@contextlib.contextmanager
+def _answering_before_the_end(watch: Watch) -> Iterator[None]:
+    """On SIGTERM, answer long polls before the server waits for their connections.
+
+    The server handles the signal first and ends the lifespan last, when it has cut off whoever still waited.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, theirs = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(watch.stop)
+        if callable(theirs):
+            theirs(number, frame)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, theirs)
 
 
 async def _until_ready(context: app_context.AppContext) -> None:

@@ -131,6 +131,8 @@ async def wait_for_tasks(
             # The watch rings every bell whose cluster has work at least every two seconds.
             if not await bell.wait(left) or await gone() or context.watch.is_revoked(principal.id):
                 return []
+            if context.watch.stopping:
+                return []
 
 
 async def report(context: AppContext, principal: Principal, task_id: UUID, body: TaskResult) -> ReportOutcome:

@@ -30,6 +30,15 @@ class Watch:
         self._bells = bells
         self._local: dict[UUID, set[Bell]] = {}
         self._revoked: frozenset[UUID] = frozenset()
+        self.stopping = False
+        """The process is about to end: nobody waits any more, and nothing is leased to who waited."""
+
+    def stop(self) -> None:
+        """Answer everybody who waits, so that the server can close their connections. Safe in a signal handler."""
+        self.stopping = True
+        for bells in list(self._local.values()):
+            for bell in list(bells):
+                bell.ring()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

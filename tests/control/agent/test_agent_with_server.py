@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -232,3 +233,24 @@ async def test_the_control_service_killed_in_the_middle_loses_nothing(served: Se
         return len(sequence) > 6 and sequence == list(range(len(sequence)))
 
     eventually(complete, 20)
+
+
+async def test_sigterm_answers_who_waits_before_the_connections_close(served: Served) -> None:
+    """The agent's long poll of 20 s ends with an answer, and the log of a clean stop holds no exception."""
+    control = served.control
+    before = control.log.stat().st_size
+    async with httpx.AsyncClient(headers={"X-API-Key": served.key}, timeout=30) as client:
+        query = {"cluster_id": str(served.cluster_id), "wait": 20}
+        poll = asyncio.create_task(client.get(f"{control.url}/api/v1/client/tasks", params=query))
+        await asyncio.sleep(1)
+        assert not poll.done()
+        assert control.process is not None
+        control.process.terminate()
+        answer = await poll
+    assert (answer.status_code, answer.json()["tasks"]) == (200, [])
+    await asyncio.to_thread(control.process.wait, 10)
+    try:
+        assert "Traceback" not in control.log.read_text()[before:]
+        assert '"level": "error"' not in control.log.read_text()[before:]
+    finally:
+        control.start()
