@@ -23,3 +23,25 @@ async def test_a_warning_is_drained_and_replaced(stage: Stage) -> None:
         return stage.aws.queue_depth(stage.queue) == (0, 0)
 
     await stage.until(deleted)
+
+
+async def test_a_hook_and_every_loop_of_a_worker_beside_it(stage: Stage) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.start_worker()
+    action = stage.aws.begin_lifecycle_action(instance)
+    (interruption,) = await stage.closed(1)
+    assert interruption.outcome == "handled"
+
+    async def answered() -> bool:
+        return action.result is not None
+
+    await stage.until(answered)
+    assert (action.result, stage.ours()) == ("CONTINUE", [])
+
+    async def judged() -> bool:
+        rows = await stage.tenant.rows("SELECT 1 FROM round_claims WHERE name LIKE 'returns:%' AND rounds > 0")
+        return bool(rows)
+
+    await stage.until(judged)
+    assert "loop_failed" not in stage.logs()
+    assert "plan_failed" not in stage.logs()
