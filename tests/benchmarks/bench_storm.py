@@ -162,7 +162,9 @@ async def flood(found: Stage, messages: int, workers: int) -> dict[str, Any]:
     await _until_empty(found)
     took = time.time() - began
     cpu = Spent.so_far(found).since(spent)
-    row = await found.tenant.row("SELECT count(*) AS n, count(DISTINCT CAST(xmin AS text)) AS commits FROM inbox_messages")
+    row = await found.tenant.row(
+        "SELECT count(*) AS n, count(DISTINCT CAST(xmin AS text)) AS commits FROM inbox_messages"
+    )
     warned = await found.tenant.row("SELECT count(*) AS n FROM interruptions WHERE customer_id = :customer_id")
     return {
         "messages": messages,

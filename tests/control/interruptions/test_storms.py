@@ -1,0 +1,56 @@
+"""Storms with their bars, on the stage of the benchmark: open-loop arrivals, the fast double of SQS, one worker.
+
+    make storm ARGS="-s"
+
+Figures of one run, also those within the bar: python -m tests.benchmarks.bench_storm --help
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import bench_storm
+from tests.control.interruptions.harness import Stage
+
+pytestmark = [pytest.mark.storm, pytest.mark.timeout(0)]
+
+
+def _said(what: str, figures: dict[str, Any]) -> dict[str, Any]:
+    print("\n" + json.dumps({"test": what, "load_average": round(os.getloadavg()[0], 2)} | figures), flush=True)  # noqa: T201
+    return figures
+
+
+async def test_200_notices_in_a_minute_for_one_cluster(stage: Stage) -> None:
+    figures = _said("storm A", await bench_storm.storm(stage, notices=200, clusters=1, seconds=60, workers=1))
+    assert (figures["offered"], figures["outcomes"]) == (200, {"handled": 200})
+    assert figures["p99_s"] <= 3
+    # One replacement each, and far fewer calls than notices (R-23).
+    assert figures["replacements"] == 200
+    assert figures["run_instances_calls"] <= 60
+
+
+async def test_1000_notices_in_a_minute_over_50_clusters(stage: Stage) -> None:
+    figures = _said("storm B", await bench_storm.storm(stage, notices=1000, clusters=50, seconds=60, workers=1))
+    assert (figures["offered"], figures["outcomes"]) == (1000, {"handled": 1000})
+    assert figures["p99_s"] <= 10
+    assert figures["replacements"] == 1000
+
+
+async def test_15000_mixed_messages_at_once(stage: Stage) -> None:
+    figures = _said("flood", await bench_storm.flood(stage, 15_000, workers=1))
+    assert (figures["committed"], figures["interruptions"]) == (15_000, 5_000)
+    (before,), (after,) = figures["worker_rss_mib_before_after"]
+    assert after - before <= 50
+    assert figures["messages_per_second"] >= 1000
+
+
+async def test_5000_old_messages_after_an_outage(stage: Stage) -> None:
+    figures = _said("backlog", await bench_storm.backlog(stage, 5_000, workers=1))
+    assert figures["offered"] == figures["still_valid"] == 2_500
+    assert figures["offered_that_were_over"] == 0
+    # Well within what is left of their notice (100 s), and at 200 messages a second or more (Q-21).
+    assert figures["last_valid_offered_s"] <= 25
