@@ -49,6 +49,8 @@ SETTINGS = {
     "log_checkpoints": "off",
     "log_line_prefix": "%m [%p] ",
     "idle_in_transaction_session_timeout": "5min",
+    # A client that hung up in the middle of its login holds its database (DROP … FORCE waits) for this long.
+    "authentication_timeout": "10s",
 }
 
 
