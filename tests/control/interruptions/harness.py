@@ -21,6 +21,7 @@ from uuid import UUID
 
 import psycopg
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from control.agents import repository as tasks
 from control.bus.bells import Bells
@@ -175,14 +176,17 @@ class Stage:
 
     async def _join(self, instance: Instance) -> None:
         await asyncio.sleep(self.join_seconds)
-        if self.state_of(instance.instance_id) not in ("pending", "running"):
-            return
-        await self.tenant.node(
-            instance.instance_id,
-            instance_type=instance.instance_type,
-            availability_zone=instance.zone_name,
-            node_type=instance.lifecycle,
-        )
+        while self.state_of(instance.instance_id) in ("pending", "running"):
+            try:
+                await self.tenant.node(
+                    instance.instance_id,
+                    instance_type=instance.instance_type,
+                    availability_zone=instance.zone_name,
+                    node_type=instance.lifecycle,
+                )
+                return
+            except DBAPIError:
+                await asyncio.sleep(0.5)
 
     def state_of(self, instance_id: str) -> str:
         """An instance's state as EC2 has it now."""
@@ -192,10 +196,13 @@ class Stage:
         """A good agent: long polls by bell, drains in no time, reports until it is accepted."""
         async with self.bells.listen("tasks", self.tenant.cluster_id) as bell:
             while True:
-                leased = await self._lease() if self.agent_works else []
-                for task in leased:
-                    self.leased.setdefault(task.task_id, time.time())
-                    await self._report(task)
+                leased: list[OptimizationTask] = []
+                with contextlib.suppress(DBAPIError):
+                    # A server that does not answer is asked again.
+                    leased = await self._lease() if self.agent_works else []
+                    for task in leased:
+                        self.leased.setdefault(task.task_id, time.time())
+                        await self._report(task)
                 if not leased:
                     await bell.wait(0.5)
 

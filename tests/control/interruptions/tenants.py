@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from control.interruptions import repository
 from control.interruptions.repository import CustomerFacts
@@ -62,8 +63,14 @@ class Tenant:
             await repository.insert_rows(conn, "customer_config", [row], order="config_key")
 
     async def rows(self, sql: str, **values: Any) -> list[Any]:
-        async with self.db.system() as conn:
-            return list((await conn.execute(text(sql), {"customer_id": self.customer_id} | values)).all())
+        while True:
+            try:
+                async with self.db.system() as conn:
+                    return list((await conn.execute(text(sql), {"customer_id": self.customer_id} | values)).all())
+            except DBAPIError as error:
+                # On a starved machine this process may be the one that was idle for too long.
+                if getattr(error.orig, "sqlstate", None) != "25P03":
+                    raise
 
     async def row(self, sql: str, **values: Any) -> Any:
         (row,) = await self.rows(sql, **values)

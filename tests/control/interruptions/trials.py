@@ -286,9 +286,14 @@ class Trials:
         summary.seen_of_others = await self._seen_of_others()
         if not summary.violations():
             # What is closed as it should be still has to be complete: one drain, one Ready replacement, no hole.
-            summary.broken = await exactly_one_of_everything(stage, undrained=self.silent)
-            late = {instance: row.outcome for instance, row in by_instance.items() if instance in self.warned}
-            summary.broken += [f"{i}: {o}" for i, o in late.items() if o not in ("handled", "handled_late")]
+            # A warning that was in the hands of one killed worker after the other until its two minutes were over
+            # is missed and said to be.
+            overdue = {i for i, row in by_instance.items() if row.received_at >= row.deadline_at}
+            undrained = {*self.silent, *overdue}
+            summary.broken = await exactly_one_of_everything(stage, undrained=undrained)
+            for instance in set(self.warned) - undrained:
+                if by_instance[instance].outcome not in ("handled", "handled_late"):
+                    summary.broken.append(f"{by_instance[instance].outcome}: {await self._story(instance)}")
 
     async def _story(self, instance: str) -> str:
         """All that is known of an interruption that should be closed."""
