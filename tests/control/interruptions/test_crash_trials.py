@@ -55,7 +55,7 @@ async def small_run(database_url: str, redis_url: str, folder: Path, zygote: Zyg
 
 
 async def test_a_few_trials_in_a_hurry(database_url: str, clean_redis_url: str, tmp_path: Path, zygote: Zygote) -> None:
-    summary = await small_run(database_url, clean_redis_url, tmp_path, zygote, 6)
+    summary = await small_run(database_url, clean_redis_url, tmp_path, zygote, 3)
     print(f"\n{summary}")  # noqa: T201
     assert summary.violations() == {}
 
