@@ -18,12 +18,12 @@ from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 
 from control.gateways.aws import RECEIVE_BATCH, THROTTLE_CODES, AwsError, QueueAddress, Role, SqsMessage
 from control.interruptions import answers, intake_repository, metrics
 from control.interruptions.runtime import Runtime
-from control.interruptions.service import Facts, Received, UnknownCustomer, ingest
+from control.interruptions.service import Facts, Received, UnknownCustomer, ingest, set_aside
 from warehouse.contracts import EventSource
 
 log = structlog.get_logger(__name__)
@@ -52,6 +52,8 @@ CLOSE_SECONDS = 1.5
 GIVE_BACK_SECONDS = 0.4
 # While Postgres is away: first success within 5 s of its return.
 DATABASE_BACKOFF_SECONDS = (0.2, 2.0)
+# A message that cannot be taken in alone either is set aside after this many tries: another writer may be why.
+ALONE_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,13 @@ class Health:
                 lasting=False,
             )
         return self.deleting
+
+
+def lies_in_the_content(error: Exception) -> bool:
+    """Whether trying the same messages again cannot help: their content is what our code or Postgres cannot take."""
+    if isinstance(error, StatementError):
+        return not isinstance(error, DBAPIError) or isinstance(error, DataError | IntegrityError)
+    return not isinstance(error, SQLAlchemyError | OSError | RuntimeError)
 
 
 class Intake:
@@ -292,7 +301,11 @@ class QueueReader:
                     break
                 except UnknownCustomer:
                     return
-                except (SQLAlchemyError, OSError, RuntimeError) as error:
+                except Exception as error:
+                    if lies_in_the_content(error):
+                        await self._take_in_one_by_one(batch)
+                        self._taking = []
+                        break
                     # Nothing was taken in; the messages are still in the queue, but trying again is faster.
                     metrics.LOOP_FAILURES.labels("intake", type(error).__name__).inc()
                     log.warning("intake.commit_failed", error=type(error).__name__, messages=len(batch))
@@ -317,6 +330,40 @@ class QueueReader:
         # Only now, after the commit.
         self._start(self._delete([message.receipt_handle for message in batch]), self._finishing)
         await done.ring(self.runtime.bells)
+
+    async def _take_in_one_by_one(self, batch: list[SqsMessage]) -> None:
+        """One of them cannot be taken in, whatever is tried: it is set aside, and its neighbours go on."""
+        for message in batch:
+            for attempt in range(ALONE_TRIES):
+                try:
+                    await self._take_in([message])
+                    break
+                except UnknownCustomer:
+                    return
+                except Exception as error:
+                    if not lies_in_the_content(error):
+                        # Postgres went away: it comes again, and is taken apart again.
+                        log.warning("intake.commit_failed", error=type(error).__name__, messages=1)
+                        break
+                    if attempt == ALONE_TRIES - 1:
+                        await self._set_aside(message, error)
+                    else:
+                        await asyncio.sleep(DATABASE_BACKOFF_SECONDS[0])
+
+    async def _set_aside(self, message: SqsMessage, error: Exception) -> None:
+        """To quarantine, to be replayed when it can be taken in. A defect of ours, so an operator is alarmed."""
+        assert self._queue is not None
+        metrics.ALARMS.labels("unprocessable").inc()
+        log.error("intake.unprocessable", message_id=message.message_id, exc_info=error)
+        received = Received(message.body, EventSource.SQS, message.message_id, message.sent_at, message.receive_count)
+        cause = type(error.orig if isinstance(error, DBAPIError) else error).__name__
+        try:
+            await set_aside(self.runtime.intake_db, await self.facts.of(self.source.customer_id), received, cause)
+        except (SQLAlchemyError, OSError, RuntimeError) as failure:
+            # Not even that: it stays in the queue, for its dead letters.
+            log.warning("intake.commit_failed", error=type(failure).__name__, messages=1)
+            return
+        self._start(self._delete([message.receipt_handle]), self._finishing)
 
     async def _delete(self, handles: list[str]) -> None:
         assert self._queue is not None

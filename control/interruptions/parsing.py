@@ -120,6 +120,15 @@ class _Dropped(Exception):
         self.reason = reason
 
 
+def body_digest(body: str | bytes) -> str:
+    """The dedupe key of a message that has no key of its own."""
+    return "sha256:" + hashlib.sha256(_raw(body)).hexdigest()
+
+
+def _raw(body: str | bytes) -> bytes:
+    return body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
+
+
 def parse(body: str | bytes, *, owner: QueueOwner, received_at: datetime, sent_at: datetime | None = None) -> Outcome:
     """Read one message.
 
@@ -129,10 +138,9 @@ def parse(body: str | bytes, *, owner: QueueOwner, received_at: datetime, sent_a
         received_at: when we got it (UTC).
         sent_at: when the queue got it (SQS SentTimestamp), used where the body has no readable time.
     """
-    raw = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
-    digest = "sha256:" + hashlib.sha256(raw).hexdigest()
+    digest = body_digest(body)
     try:
-        document = _decode(raw)
+        document = _decode(_raw(body))
         document, wrapped = _unwrap(document)
     except _Refused as refused:
         return Quarantine(refused.reason, refused.detail, digest)

@@ -29,6 +29,7 @@ from control.interruptions.parsing import (
     ParsedEvent,
     Quarantine,
     QueueOwner,
+    body_digest,
     from_agent,
     kept_body,
     parse,
@@ -165,6 +166,16 @@ async def ingest(
             parsed = 0
             await asyncio.sleep(0)
     return await ingest_outcomes(db, facts, outcomes, now=now)
+
+
+async def set_aside(db: Database, facts: CustomerFacts, message: Received, cause: str) -> Ingested:
+    """Quarantine a message that could not be taken in; ``cause`` names the error. It can be replayed.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: not even its body can be kept, or Postgres is away.
+    """
+    kept = Quarantine("unprocessable", f"{cause} while it was taken in", body_digest(message.body))
+    return await ingest_outcomes(db, facts, [(message, kept)], now=db.now())
 
 
 def queue_owner(facts: CustomerFacts, queue_region: str = "") -> QueueOwner:

@@ -276,3 +276,43 @@ async def test_a_flood_of_one_customer_leaves_the_others_their_speed(stage: Stag
         waits.append(time.monotonic() - sent)
     assert sum(stage.aws.queue_depth(stage.queue)) > 0, "the flood was over before the others were measured"
     assert sorted(waits)[2] < 2.0, waits
+
+
+async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(stage: Stage, intake: Intake) -> None:
+    """A content nobody thought of: its neighbours of the same batch go on, it is kept with the reason."""
+    bad, good = await stage.launch_nodes(2)
+    async with stage.db.system() as conn:
+        await conn.execute(text("RESET ROLE"))
+        await conn.execute(
+            text(
+                f"""
+                CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                    IF NEW.instance_id = '{bad}' THEN
+                        RAISE EXCEPTION 'no such text' USING ERRCODE = 'data_exception';
+                    END IF;
+                    RETURN NEW;
+                END $$
+                """
+            )
+        )
+        await conn.execute(
+            text("CREATE TRIGGER refuse BEFORE INSERT ON interruptions FOR EACH ROW EXECUTE FUNCTION refuse()")
+        )
+    for instance in (bad, good):
+        stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+    await _drained(stage, stage.tenant, good)
+
+    async def kept() -> list:
+        return await stage.tenant.rows(
+            "SELECT reason, body FROM inbox_messages WHERE customer_id = :customer_id AND outcome = 'quarantined'"
+        )
+
+    ((reason, body),) = await stage.until(kept, 20)
+    assert reason.startswith("unprocessable: DataException")
+    assert bad in body
+
+    async def emptied() -> bool:
+        return stage.aws.queue_depth(stage.queue) == (0, 0)
+
+    await stage.until(emptied, 20)
