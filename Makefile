@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
-# Test processes side by side, each with a Postgres and a Redis of its own; they wait more than they compute.
-JOBS ?= $(shell echo $$((2 * $$(nproc))))
+# Test processes side by side, each with a Postgres and a Redis of its own; one of them waits for schedules at first.
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 # Types are checked where they are a promise; tests are run instead.
 PACKAGES := warehouse control cloudoptim_pipelines dashboards migrations
 STAMP := .venv/.installed

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -86,12 +86,12 @@ def replay(prices: Path, home: Path) -> Iterator[tuple[str, int]]:
         process.wait(timeout=30)
 
 
-def run(prices: Path, database_url: str, folder: Path) -> dict[str, Any]:
-    """Everything, on an empty migrated database; returns the figures."""
+def run(prices: Path, database_url: str, folder: Path, regions: Sequence[str]) -> dict[str, Any]:
+    """Everything of the given regions, on an empty migrated database; returns the figures."""
     # The partitions of the assets are made from the settings when their modules are imported.
     os.environ.update(
         CLOUDOPTIM_DATA_START=FIRST_DAY.isoformat(),
-        CLOUDOPTIM_PRICE_REGIONS=",".join(REGIONS),
+        CLOUDOPTIM_PRICE_REGIONS=",".join(regions),
         AWS_ACCESS_KEY_ID="test",
         AWS_SECRET_ACCESS_KEY="test",
         AWS_DEFAULT_REGION="us-east-1",
@@ -130,7 +130,7 @@ def run(prices: Path, database_url: str, folder: Path) -> dict[str, Any]:
             aws_endpoint_url=endpoint,
             as_of=CLOCK.isoformat(),
         )
-        ends = price_key(FIRST_DAY, REGIONS[0]), price_key(LAST_DAY, REGIONS[-1])
+        ends = price_key(FIRST_DAY, regions[0]), price_key(LAST_DAY, regions[-1])
         with Watch([os.getpid(), server_pid]).running() as watch:
             started = time.monotonic()
             materialize(warehouse, ["on_demand_prices"], *ends)
@@ -142,7 +142,7 @@ def run(prices: Path, database_url: str, folder: Path) -> dict[str, Any]:
         figures["ingest_peak_mb_pipeline"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         figures["missing"] = missing_snapshots(warehouse)
         started = time.monotonic()
-        add_fleet(warehouse)
+        add_fleet(warehouse, regions)
         names = ["node_hours", "node_cost_hourly", "cluster_cost_hourly", "interruptions", "savings_daily"]
         materialize(warehouse, names, FIRST_DAY.isoformat(), LAST_DAY.isoformat())
         figures["cost_seconds"] = round(time.monotonic() - started, 1)
@@ -169,7 +169,7 @@ def missing_snapshots(warehouse: Any) -> list[dict[str, Any]]:
     return [{"expected_at": row[0].isoformat(), "regions": row[1]} for row in rows]
 
 
-def add_fleet(warehouse: Any) -> None:
+def add_fleet(warehouse: Any, regions: Sequence[str]) -> None:
     """A customer with one cluster in each region, and the fleet's nodes."""
     from uuid import uuid4
 
@@ -185,7 +185,7 @@ def add_fleet(warehouse: Any) -> None:
         {"types": list(FLEET)},
     ).to_pylist()
     reader.close()
-    customer, clusters = new_id(), {region: new_id() for region in REGIONS}
+    customer, clusters = new_id(), {region: new_id() for region in regions}
     with warehouse.database.system() as connection:
         connection.execute(
             insert(Customer).values(id=customer, company_name="Fleet", email="fleet@example.org", external_id=uuid4())
@@ -266,7 +266,7 @@ def summary(warehouse: Any) -> dict[str, Any]:
     }
 
 
-def cross_check(data: Path) -> dict[str, str]:
+def cross_check(data: Path, regions: Sequence[str]) -> dict[str, str]:
     """Cost and baseline of the same fleet by other means: Polars, straight from the recorded files.
 
     Every node's every full hour from the fleet's start to the recording's end, at the price last recorded at or before
@@ -277,7 +277,7 @@ def cross_check(data: Path) -> dict[str, str]:
     root = data / "spot_price_catalog"
     prices = (
         pl.scan_parquet(root / "spot_price" / "**" / "*.parquet")
-        .filter(pl.col("instance_type").is_in(FLEET))
+        .filter(pl.col("instance_type").is_in(FLEET), pl.col("region").is_in(regions))
         .select("region", zone="availability_zone", type="instance_type", at="timestamp", usd="price_usd")
         .collect()
         .sort("at")
@@ -337,7 +337,7 @@ def show(figures: dict[str, Any]) -> str:
     lines.append("share of the on-demand price paid, by month:")
     months = sorted({row["month"] for row in figures["months"]})
     lines.append("  " + " ".join(f"{month:>8}" for month in ["", *months]))
-    for region in REGIONS:
+    for region in (row["region"] for row in figures["regions"]):
         by_month = {row["month"]: row for row in figures["months"] if row["region"] == region}
         shares = [f"{Decimal(by_month[m]['actual']) / Decimal(by_month[m]['b1']):8.1%}" for m in months]
         lines.append(f"  {region:>9}" + " ".join(["", *shares])[1:])
@@ -352,12 +352,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with spot_price_catalog")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--database-url", help="an empty, migrated database; a Postgres of its own by default")
+    parser.add_argument("--regions", default=",".join(REGIONS), help="some of them, separated by commas")
     arguments = parser.parse_args()
+    regions = sorted(arguments.regions.split(","))
     with tempfile.TemporaryDirectory(prefix="cloudoptim-real-input-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         if arguments.database_url:
-            figures = run(arguments.data / "spot_price_catalog", arguments.database_url, folder)
+            figures = run(arguments.data / "spot_price_catalog", arguments.database_url, folder, regions)
         else:
             from control.embedded import EmbeddedPostgres, free_port
             from warehouse.postgres.migrate import upgrade
@@ -366,10 +368,10 @@ def main() -> None:
             try:
                 server.ensure_database("real_input")
                 upgrade(server.url("real_input"))
-                figures = run(arguments.data / "spot_price_catalog", server.url("real_input"), folder)
+                figures = run(arguments.data / "spot_price_catalog", server.url("real_input"), folder, regions)
             finally:
                 server.stop()
-    figures["cross_check"] = cross_check(arguments.data)
+    figures["cross_check"] = cross_check(arguments.data, regions)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
     print(show(figures))  # noqa: T201

@@ -160,13 +160,17 @@ def test_one_gap_is_filled_from_dagster_and_one_from_the_api(product: Product) -
 def test_an_interrupted_node_is_saved_although_the_worker_is_killed(product: Product) -> None:
     name = "analytics-prod"
     cluster = product.cluster(name)
-    before = {i["InstanceId"] for i in product.instances_of_batches(name)}
-    product.command("sandbox", "interrupt", "--cluster", name)
 
     def of_the_cluster() -> list[dict[str, Any]]:
         return product.get("/interruptions", cluster_id=cluster["id"])["interruptions"]
 
-    interruption = product.until("the warning's row", of_the_cluster)[-1]
+    # The sandbox interrupts at random too.
+    earlier = {i["id"] for i in of_the_cluster()}
+    before = {i["InstanceId"] for i in product.instances_of_batches(name)}
+    product.command("sandbox", "interrupt", "--cluster", name)
+    interruption = product.until("the warning's row", lambda: [i for i in of_the_cluster() if i["id"] not in earlier])[
+        0
+    ]
     os.kill(product.run.addresses["processes"]["worker"]["pid"], signal.SIGKILL)
 
     def closed() -> dict[str, Any] | None:
@@ -181,7 +185,7 @@ def test_an_interrupted_node_is_saved_although_the_worker_is_killed(product: Pro
     assert steps["drained"] < done["deadline_at"]
     assert [entry["version"] for entry in done["history"]] == list(range(1, len(done["history"]) + 1))
 
-    # The sandbox interrupts at random too: every instance launched answers one interruption, none answers two.
+    # Every instance launched answers one interruption, none answers two.
     launched = {i["InstanceId"] for i in product.instances_of_batches(name)} - before
     replacements = [i["replacement"]["instance_id"] for i in of_the_cluster() if i["replacement"]]
     assert done["replacement"]["instance_id"] in launched

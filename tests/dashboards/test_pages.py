@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -101,7 +102,7 @@ def test_each_page_draws_its_chart_and_asks_nobody_else(tab: Tab, path: str, tit
     tab.open(path)
     tab.see(shows)
     assert tab.page.title() == f"{title} · CloudOptim"
-    assert tab.page.locator("h1").first.inner_text() == title
+    tab.page.locator("h1", has_text=re.compile(f"^{title}$")).first.wait_for(timeout=PATIENCE_MS)
     assert tab.page.locator(".problem").count() == 0
 
 

@@ -185,7 +185,7 @@ def test_no_hour_is_complete_before_the_agents_first_metrics(world: World, serve
     assert [(r["ts"].hour, r["complete"]) for r in found] == [(11, False), (12, False), (13, True), (14, True)]
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("one_by_one", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_day_is_the_same_alone_again_and_in_a_range(world: World, serve, one_by_one: bool) -> None:
     feed(world, serve)
     add_nodes(world, *fleet(add_tenant(world)))

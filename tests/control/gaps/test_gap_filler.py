@@ -115,6 +115,7 @@ async def test_one_gap_is_filled_from_the_api_and_one_from_dagsters_page(filler:
     assert (await open_gaps(filler))[0]["partition_key"] == key(-5)
 
 
+@pytest.mark.soak
 async def test_scattered_partitions_are_one_backfill_and_a_cancelled_one_is_resumed_with_the_rest(
     filler: Api, with_gaps: Stack
 ) -> None:

@@ -64,6 +64,7 @@ def test_kill_9_during_an_interruption_ends_where_it_would_have_ended(
     sandbox.stop()
 
 
+@pytest.mark.soak
 def test_interruptions_are_drawn_and_some_are_announced_by_a_recommendation(
     make_sandbox: Callable[..., RunningSandbox],
 ) -> None:
