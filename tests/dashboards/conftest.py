@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from control.embedded import EmbeddedPostgres, free_port
+from control.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from control.supervisor.environment import FRUGAL
 from dashboards.config import DashboardSettings
 from dashboards.data import Data
@@ -143,13 +143,17 @@ def dashboards(seeded: Seeded, serve: Callable[..., Any]) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def control_url(seeded: Seeded, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The real control service over the seeded world."""
+def control_url(seeded: Seeded, server_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real control service over the seeded world.
+
+    Its Redis is its own: failed sign-ins of other modules' tests count against the same address.
+    """
     home = tmp_path_factory.mktemp("control-home")
     port = free_port()
+    redis = EmbeddedRedis(server_folder / "redis-dashboards", port=free_port()).start()
     env = environment(
         DATABASE_URL=seeded.database_url,
-        REDIS_URL=redis_url,
+        REDIS_URL=redis.url,
         CLOUDOPTIM_HOME=str(home),
         CLOUDOPTIM_LAKE_ROOT=str(seeded.lake_root),
         CENTRAL_SERVER_PORT=str(port),
@@ -161,8 +165,11 @@ def control_url(seeded: Seeded, redis_url: str, tmp_path_factory: pytest.TempPat
         *("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"),
     ]
     url = f"http://127.0.0.1:{port}"
-    with running(command, env, f"{url}/healthz", home / "control.log"):
-        yield url
+    try:
+        with running(command, env, f"{url}/healthz", home / "control.log"):
+            yield url
+    finally:
+        redis.stop()
 
 
 @pytest.fixture(scope="module")
