@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -13,6 +14,7 @@ import panel as pn
 from panel.io.server import get_server
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import OutputTransform, RedirectHandler, StaticFileHandler
+from tornado.websocket import WebSocketClosedError
 
 from dashboards import components as ui
 from dashboards.api import ControlApi
@@ -135,6 +137,7 @@ class Dashboards:
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
         self.server.start()
+        self.server.io_loop.asyncio_loop.set_exception_handler(_unless_the_reader_left)  # type: ignore[attr-defined]
         log.info("dashboards on http://%s:%s", self.settings.host, self.port)
         self.server.io_loop.start()
 
@@ -142,6 +145,12 @@ class Dashboards:
         """Close the listener and all connections."""
         self.server.stop()
         self.data.close()
+
+
+def _unless_the_reader_left(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A page closed while an update was on its way is no error; Tornado leaves that one in a task nobody awaits."""
+    if not isinstance(context.get("exception"), WebSocketClosedError):
+        loop.default_exception_handler(context)
 
 
 def _maker(services: Services, spec: PageSpec) -> Callable[[], Any]:
