@@ -8,7 +8,7 @@
 --   overlap          minutes in which an interrupted node and its replacement both ran, at the replacement's list
 --                    price: B1 counts that second machine, which nobody would have had without us
 --   fallback premium on-demand minutes of a replacement of a Spot node, at list price less the Spot price of the
---                    interrupted pool as of the hour (never below zero)
+--                    interrupted pool as of the hour (never below zero); minutes of overlap are taken off in full already
 --   displaced commitment, rework: 0, not known yet
 --   net              gross - overlap - fallback premium - displaced commitment - rework
 --
@@ -92,7 +92,8 @@ deductions AS (
         sum(CASE
             WHEN lifecycle = 'on-demand' AND spot.ts >= replacement_hours.ts - to_days(CAST($price_age_days AS INTEGER))
             THEN CAST(
-                greatest(CAST(on_demand_usd_per_hour AS DOUBLE) - CAST(spot.price_usd_per_hour AS DOUBLE), 0) * minutes / 60
+                greatest(CAST(on_demand_usd_per_hour AS DOUBLE) - CAST(spot.price_usd_per_hour AS DOUBLE), 0)
+                    * (minutes - overlap_minutes) / 60
                 AS DECIMAL(18, 8)
             )
             ELSE CAST(0 AS DECIMAL(18, 8))
