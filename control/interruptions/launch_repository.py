@@ -94,7 +94,7 @@ class AttemptRow:
 
 _ATTEMPTS = text("""
     SELECT id, customer_id, intent_id, attempt_no, batch_id, slot, instance_type, availability_zone, node_type,
-           price_usd_per_hour, state, instance_id, failure, launched_at
+           CAST(price_usd_per_hour AS double precision) AS price_usd_per_hour, state, instance_id, failure, launched_at
     FROM launch_attempts WHERE intent_id = ANY(:ids) ORDER BY intent_id, attempt_no
 """)
 
@@ -256,7 +256,7 @@ async def claim_batches(conn: AsyncConnection, *, worker: str, limit: int) -> li
 _LOCK_BATCH = text(f"SELECT {_BATCH_COLUMNS} FROM launch_batches b WHERE b.id = :id FOR UPDATE")
 _SLOTS = text("""
     SELECT id, customer_id, intent_id, attempt_no, batch_id, slot, instance_type, availability_zone, node_type,
-           price_usd_per_hour, state, instance_id, failure, launched_at
+           CAST(price_usd_per_hour AS double precision) AS price_usd_per_hour, state, instance_id, failure, launched_at
     FROM launch_attempts WHERE batch_id = :id ORDER BY slot
 """)
 

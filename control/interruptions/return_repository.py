@@ -45,7 +45,8 @@ _STAND_INS = text(f"""
           AND c.status <> 'deleted' AND m.status IN ('active', 'degraded')
     )
     SELECT c.*, n.id AS node_id, n.node_name, n.instance_id, n.instance_type, n.availability_zone, n.cpu_cores,
-           n.memory_bytes / 1073741824.0 AS memory_gib, a.price_usd_per_hour,
+           n.memory_bytes / 1073741824.0 AS memory_gib,
+           CAST(a.price_usd_per_hour AS double precision) AS price_usd_per_hour,
            coalesce(a.ready_at, n.ready_at, n.created_at) AS ready_at
     FROM here c
     JOIN nodes n ON n.cluster_id = c.id AND n.terminated_at IS NULL AND n.node_type = 'on-demand'

@@ -18,7 +18,7 @@ _LIST = text("""
            l.state AS launch_state, l.reason AS launch_reason, l.decided_by,
            a.instance_id AS replacement_instance_id, a.instance_type AS replacement_instance_type,
            a.availability_zone AS replacement_zone, a.node_type AS replacement_node_type,
-           a.price_usd_per_hour AS replacement_price, a.launched_at, a.ready_at,
+           CAST(a.price_usd_per_hour AS double precision) AS replacement_price, a.launched_at, a.ready_at,
            (SELECT count(*) FROM launch_attempts x WHERE x.intent_id = l.id) AS attempts
     FROM interruptions i
     LEFT JOIN agent_tasks t ON t.interruption_id = i.id AND t.task_type = 'drain_node'
@@ -63,7 +63,8 @@ _HISTORY = text("""
     SELECT version, at, event, state, detail FROM interruption_history WHERE interruption_id = :id ORDER BY version
 """)
 _ATTEMPTS = text("""
-    SELECT a.attempt_no, a.instance_type, a.availability_zone, a.node_type, a.price_usd_per_hour, a.state,
+    SELECT a.attempt_no, a.instance_type, a.availability_zone, a.node_type,
+           CAST(a.price_usd_per_hour AS double precision) AS price_usd_per_hour, a.state,
            a.instance_id, a.failure, a.created_at, a.launched_at, a.ready_at, a.ended_at
     FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
     WHERE l.interruption_id = :id ORDER BY a.attempt_no

@@ -15,7 +15,7 @@ from warehouse.postgres.session import ML_ROLE, SYSTEM_ROLE, TENANT_ROLE
 
 CURRENT_CUSTOMER = "nullif(current_setting('app.customer_id', true), '')::uuid"
 
-# Rows without a customer in these tables describe pools and prices and may be read by everyone.
+# Rows without a customer in these tables describe pools and prices: everyone may read them, only the system writes.
 SHARED_WHEN_NULL = frozenset({"predictions", "data_gaps", "partition_coverage"})
 
 
@@ -48,21 +48,29 @@ def role_statements() -> list[str]:
 
 
 def tenant_table_statements(table: str, *, append_only: bool = False) -> list[str]:
-    """Rights, forced row-level security and the two policies of one table that carries tenant data.
+    """Rights, forced row-level security and the policies of one table that carries tenant data.
 
     Called by migrations with the tables they create.
     """
-    column = "id" if table == "customers" else "customer_id"
-    visible = f"{column} = {CURRENT_CUSTOMER}"
-    using = f"{column} IS NULL OR {visible}" if table in SHARED_WHEN_NULL else visible
     rights = "SELECT, INSERT" if append_only else "SELECT, INSERT, UPDATE, DELETE"
     return [
         f"GRANT {rights} ON {table} TO {SYSTEM_ROLE}, {TENANT_ROLE}",
         f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY",
         f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY",
-        f"CREATE POLICY tenant ON {table} TO {TENANT_ROLE} USING ({using}) WITH CHECK ({visible})",
+        *tenant_policy_statements(table),
         f"CREATE POLICY system ON {table} TO {SYSTEM_ROLE} USING (true) WITH CHECK (true)",
     ]
+
+
+def tenant_policy_statements(table: str) -> list[str]:
+    """What a tenant may do with a table's rows. Reading shared rows is a policy of its own: within one policy for all
+    commands, a row that may be seen may also be deleted, or taken over by an update."""
+    column = "id" if table == "customers" else "customer_id"
+    own = f"{column} = {CURRENT_CUSTOMER}"
+    statements = [f"CREATE POLICY tenant ON {table} TO {TENANT_ROLE} USING ({own}) WITH CHECK ({own})"]
+    if table in SHARED_WHEN_NULL:
+        statements.append(f"CREATE POLICY shared ON {table} FOR SELECT TO {TENANT_ROLE} USING ({column} IS NULL)")
+    return statements
 
 
 def platform_table_statements(table: str, *, readable_by_tenants: bool = False) -> list[str]:

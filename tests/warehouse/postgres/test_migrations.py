@@ -6,7 +6,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import MetaData, Table, create_engine, inspect, text
+from sqlalchemy import Double, MetaData, Numeric, Table, create_engine, inspect, text
 
 from tests.warehouse.postgres.filling import fill
 from warehouse.postgres.migrate import alembic_config, assert_durable, downgrade, upgrade
@@ -47,6 +47,44 @@ def test_the_models_and_the_migrated_schema_agree(database_url):
         differences = compare_metadata(context, Base.metadata)
     engine.dispose()
     assert differences == []
+
+
+def test_constraints_and_indexes_are_the_models_to_the_letter(database_url, postgres_server):
+    """What autogenerate does not compare: checks, partial indexes and every name."""
+    modelled = f"modelled_{abs(hash(database_url)):x}"
+    postgres_server.ensure_database(modelled)
+    engine = create_engine(driver_url(postgres_server.url(modelled)))
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    assert _details(database_url) == _details(postgres_server.url(modelled))
+
+
+def _details(url: str) -> set[tuple[str, str]]:
+    engine = create_engine(driver_url(url))
+    names = [table.name for table in Base.metadata.sorted_tables if table.name != "metric_samples"]
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("""
+                SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
+                WHERE conrelid = ANY(CAST(:names AS regclass[])) AND contype <> 'n'
+                UNION ALL
+                SELECT indexname, indexdef FROM pg_indexes WHERE tablename = ANY(CAST(:names AS name[]))
+            """),
+            {"names": names},
+        )
+        found = {(row[0], row[1]) for row in rows}
+    engine.dispose()
+    return found
+
+
+def test_money_is_never_a_float():
+    floats = [
+        f"{table.name}.{column.name}"
+        for table in Base.metadata.sorted_tables
+        for column in table.columns
+        if "usd" in column.name and (isinstance(column.type, Double) or not isinstance(column.type, Numeric))
+    ]
+    assert floats == []
 
 
 def test_down_to_nothing_and_up_again_on_a_filled_database(database_url):

@@ -48,7 +48,8 @@ def test_every_table_with_tenant_data_is_secured_forced_and_has_both_policies(tw
         ).all()
     found = {row.relname: (row.relrowsecurity, row.relforcerowsecurity, row.policies) for row in rows}
     assert set(found) == set(TENANT_TABLES)
-    assert {name for name, state in found.items() if state != (True, True, ["system", "tenant"])} == set()
+    expected = {name: ["shared"] * (name in SHARED_WHEN_NULL) + ["system", "tenant"] for name in found}
+    assert {name for name, state in found.items() if state != (True, True, expected[name])} == set()
 
 
 def test_nobody_but_the_owner_may_touch_a_partition_or_read_one(two_customers):
@@ -97,6 +98,25 @@ def test_a_tenant_writes_no_row_of_another(two_customers, name):
                 text(f"UPDATE {name} SET customer_id = :other WHERE customer_id = :own"),
                 {"other": customer_of(second), "own": customer_of(first)},
             )
+
+
+@pytest.mark.parametrize("name", sorted(SHARED_WHEN_NULL))
+def test_shared_rows_are_read_by_tenants_and_written_by_the_system_only(two_customers, name):
+    database, first, _ = two_customers
+    own = {"own": customer_of(first)}
+    with owner(database) as connection, connection.begin():
+        connection.execute(text("SELECT set_config('role', 'cloudoptim_system', true)"))
+        shared = text(f"UPDATE {name} SET customer_id = NULL WHERE customer_id = :own")
+        assert connection.execute(shared, own).rowcount == 1
+        connection.execute(
+            text("SELECT set_config('role', :role, true), set_config('app.customer_id', :own, true)"),
+            {"role": TENANT_ROLE, "own": str(customer_of(first))},
+        )
+        assert connection.execute(text(f"SELECT count(*) FROM {name} WHERE customer_id IS NULL")).scalar_one() >= 1
+        for statement in (f"UPDATE {name} SET customer_id = :own", f"DELETE FROM {name}"):
+            assert connection.execute(text(f"{statement} WHERE customer_id IS NULL"), own).rowcount == 0
+            assert connection.execute(text(statement), own).rowcount == 0
+        connection.rollback()
 
 
 @pytest.mark.parametrize("setting", [None, "", "no-uuid"])
@@ -237,6 +257,18 @@ def test_a_row_cannot_refer_to_another_tenants_cluster(two_customers):
             text("UPDATE nodes SET customer_id = :second WHERE customer_id = :first"),
             {"first": customer_of(first), "second": customer_of(second)},
         )
+
+
+def test_a_key_and_a_sign_in_belong_to_one_customer(two_customers):
+    database, first, second = two_customers
+    for statement in (
+        "UPDATE api_keys SET cluster_id = (SELECT id FROM clusters WHERE customer_id = :second) "
+        "WHERE customer_id = :first",
+        "UPDATE user_sessions SET user_id = (SELECT id FROM users WHERE customer_id = :second) "
+        "WHERE customer_id = :first",
+    ):
+        with pytest.raises(DBAPIError, match="foreign key"), database.system() as connection:
+            connection.execute(text(statement), {"first": customer_of(first), "second": customer_of(second)})
 
 
 def test_a_tenant_may_not_run_the_partition_functions(two_customers):

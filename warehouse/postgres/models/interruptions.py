@@ -8,6 +8,7 @@ frozen request are stored before EC2 is called.
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
@@ -70,6 +71,7 @@ class SpotEventRecord(HasId, Base):
         Index("ix_spot_events_cluster", "customer_id", "cluster_id", "received_at"),
         Index("ix_spot_events_instance", "customer_id", "instance_id"),
         Index("ix_spot_events_interruption", "interruption_id"),
+        Index("ix_spot_events_received_at", "received_at", postgresql_using="brin"),
     )
 
     customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
@@ -102,6 +104,7 @@ class Interruption(HasId, HasCreatedAt, Base):
         Index("ix_interruptions_open", "deadline_at", postgresql_where=text("state <> 'closed'")),
         Index("ix_interruptions_cluster", "customer_id", "cluster_id", "notice_at"),
         Index("ix_interruptions_instance", "customer_id", "instance_id"),
+        Index("ix_interruptions_received_at", "received_at", postgresql_using="brin"),
     )
 
     customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
@@ -374,7 +377,7 @@ class LaunchAttempt(HasId, HasCreatedAt, Base):
     instance_type: Mapped[str]
     availability_zone: Mapped[str]
     node_type: Mapped[str]
-    price_usd_per_hour: Mapped[float | None]
+    price_usd_per_hour: Mapped[Decimal | None]
     state: Mapped[str] = mapped_column(server_default="planned")
     instance_id: Mapped[str | None]
     failure: Mapped[str | None]

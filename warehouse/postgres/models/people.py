@@ -6,7 +6,17 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, UniqueConstraint, func
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    LargeBinary,
+    UniqueConstraint,
+    func,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
@@ -20,6 +30,7 @@ class User(HasId, HasCreatedAt, Base):
     __tablename__ = "users"
     __table_args__ = (
         UniqueConstraint("email"),
+        UniqueConstraint("customer_id", "id"),
         CheckConstraint(one_of("role", *ROLES), name="role"),
     )
 
@@ -34,7 +45,11 @@ class UserSession(HasId, HasCreatedAt, Base):
     """One sign-in. ``refresh_token_id`` is the only refresh token it accepts next; a used one ends the session."""
 
     __tablename__ = "user_sessions"
-    __table_args__ = (Index("ix_user_sessions_expires_at", "expires_at"),)
+    __table_args__ = (
+        Index("ix_user_sessions_expires_at", "expires_at"),
+        # Beside the key of user_id alone, which holds for platform admins too: their sessions have no customer.
+        ForeignKeyConstraint(["customer_id", "user_id"], ["users.customer_id", "users.id"], ondelete="CASCADE"),
+    )
 
     customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
     user_id: Mapped[UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
@@ -51,10 +66,14 @@ class ApiKey(HasId, HasCreatedAt, Base):
         UniqueConstraint("prefix"),
         CheckConstraint(one_of("role", *ROLES), name="role"),
         CheckConstraint("role <> 'agent' OR (customer_id IS NOT NULL AND cluster_id IS NOT NULL)", name="agent_bound"),
+        CheckConstraint("cluster_id IS NULL OR customer_id IS NOT NULL", name="cluster_has_customer"),
+        ForeignKeyConstraint(
+            ["customer_id", "cluster_id"], ["clusters.customer_id", "clusters.id"], ondelete="CASCADE"
+        ),
     )
 
     customer_id: Mapped[UUID | None] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"))
-    cluster_id: Mapped[UUID | None] = mapped_column(ForeignKey("clusters.id", ondelete="CASCADE"))
+    cluster_id: Mapped[UUID | None]
     name: Mapped[str]
     role: Mapped[str]
     prefix: Mapped[str]
