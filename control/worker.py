@@ -206,7 +206,8 @@ class Worker:
 
     async def _until_stop(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stop.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
 
     async def _relay(self) -> None:
         if not self._broker_ready:

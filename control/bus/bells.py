@@ -50,8 +50,10 @@ class Bell:
 
     async def wait(self, timeout: float = POLL_SECONDS) -> bool:
         """Wait for a ring for at most ``timeout`` seconds; True when it rang."""
+        # Not wait_for: before Python 3.12 it loses a cancel that meets a ring, and the listener would never end.
         try:
-            await asyncio.wait_for(self._rung.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._rung.wait()
         except TimeoutError:
             return False
         self._rung.clear()
@@ -118,7 +120,8 @@ class Bells:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._receive(), name="bells")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._subscribed.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._subscribed.wait()
         return self.connected
 
     async def _receive(self) -> None:

@@ -131,7 +131,8 @@ async def keep_consuming(redis_url: str, handlers: Handlers, stop: asyncio.Event
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:
     try:
-        await asyncio.wait_for(stop.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await stop.wait()
     except TimeoutError:
         return
 

@@ -469,6 +469,7 @@ async def _end(tasks: set[asyncio.Task[None]], seconds: float) -> None:
 
 async def _sleep(stop: asyncio.Event, seconds: float) -> None:
     try:
-        await asyncio.wait_for(stop.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await stop.wait()
     except TimeoutError:
         return

@@ -741,7 +741,8 @@ async def _unless_client_leaves(work: Any, receive: Any) -> Answer:
 async def _silence(seconds: float | None, receive: Any) -> None:
     """Say nothing until the client leaves or `seconds` passed."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(receive(), seconds)
+        async with asyncio.timeout(seconds):
+            await receive()
 
 
 def _credential(headers: dict[bytes, bytes], query: bytes) -> tuple[str, str, str, str | None]:

@@ -210,7 +210,8 @@ class Sqs:
             queue.waiters.append(waiter)
             self._arm(queue)
             try:
-                await asyncio.wait_for(waiter, remaining)
+                async with asyncio.timeout(remaining):
+                    await waiter
             except TimeoutError:
                 pass
             except asyncio.CancelledError:

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from control.bus.bells import Bells
+from control.bus.bells import Bell, Bells
 from control.embedded import EmbeddedRedis, free_port
 
 
@@ -80,3 +80,19 @@ async def test_no_redis_at_all_leaves_only_the_poll():
         assert not await bells.ring("tasks", "x")
         assert not await bell.wait(0.05)
     await bells.close()
+
+
+async def test_a_ring_in_the_moment_of_a_cancel_does_not_swallow_it():
+    bell = Bell()
+
+    async def listen_for_ever() -> None:
+        while True:
+            await bell.wait(60)
+
+    listener = asyncio.create_task(listen_for_ever())
+    await asyncio.sleep(0.01)
+    bell.ring()
+    listener.cancel()
+    done, _ = await asyncio.wait({listener}, timeout=2)
+    assert done
+    assert listener.cancelled()
