@@ -128,7 +128,7 @@ _PRICED = """
     LEFT JOIN LATERAL (
         SELECT p.price_usd_per_hour FROM spot_price_current p
         WHERE p.region = c.region AND p.instance_type = n.instance_type AND p.product LIKE 'Linux/UNIX%'
-          AND (p.zone_id = n.zone_id OR p.availability_zone = n.availability_zone)
+          AND (p.zone_id = n.zone_id OR (n.zone_id IS NULL AND p.availability_zone = n.availability_zone))
         ORDER BY p.effective_at DESC LIMIT 1
     ) s ON n.node_type = 'spot'
 """

@@ -11,12 +11,21 @@ import pytest
 
 from cloudoptim_pipelines.defs.savings.statements import Period, recompute, write_statements
 from tests.pipelines.conftest import NOW, Tenant, World, add_nodes, add_tenant, at, hourly, price
-from warehouse.postgres.models import Interruption, LaunchAttempt, LaunchBatch, LaunchIntent, PartitionCoverage, new_id
+from warehouse.postgres.models import (
+    Interruption,
+    LaunchAttempt,
+    LaunchBatch,
+    LaunchIntent,
+    OptimizationHistory,
+    PartitionCoverage,
+    new_id,
+)
 
 COSTS = ["node_hours", "node_cost_hourly", "cluster_cost_hourly"]
 ON_DEMAND = {"m5.large": 0.096, "c5.large": 0.085}
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
+SECOND = timedelta(seconds=1)
 
 SPOT = {
     "m5.large": [
@@ -199,7 +208,7 @@ def test_a_day_is_the_same_alone_again_and_in_a_range(world: World, serve, one_b
 
 def interrupt(world: World, tenant: Tenant, old: dict[str, Any], new: dict[str, Any], notice: datetime) -> None:
     """An interruption of one node with its replacement, as the worker leaves it."""
-    interruption, intent, batch = new_id(), new_id(), new_id()
+    interruption = new_id()
     common = {"customer_id": tenant.customer_id}
     world.insert(
         Interruption,
@@ -225,16 +234,23 @@ def interrupt(world: World, tenant: Tenant, old: dict[str, Any], new: dict[str, 
             "closed_at": old["terminated_at"],
         },
     )
+    launch(world, tenant, new, notice + HOUR, interruption_id=interruption)
+
+
+def launch(world: World, tenant: Tenant, new: dict[str, Any], deadline: datetime, **origin: Any) -> None:
+    """The launch of a node for an interruption or a plan, as the worker leaves it."""
+    intent, batch = new_id(), new_id()
+    common = {"customer_id": tenant.customer_id}
     world.insert(
         LaunchIntent,
         {
             "id": intent,
             **common,
             "cluster_id": tenant.cluster_id,
-            "interruption_id": interruption,
             "requirements": {},
             "state": "ready",
-            "deadline_at": notice + HOUR,
+            "deadline_at": deadline,
+            **origin,
         },
     )
     world.insert(
@@ -264,7 +280,8 @@ def interrupt(world: World, tenant: Tenant, old: dict[str, Any], new: dict[str, 
             "node_type": new["node_type"],
             "state": "ready",
             "instance_id": new["instance_id"],
-            "launched_at": new["created_at"],
+            # EC2 launched it a while before it joined as a node.
+            "launched_at": new["created_at"] - 80 * SECOND,
             "ready_at": new["created_at"] + 2 * MINUTE,
         },
     )
@@ -309,6 +326,65 @@ def test_net_savings_take_off_the_second_machine_and_the_fallback(world: World, 
     assert row["hours_covered"] == 20
     assert row["coverage_ratio"] == pytest.approx(20 / 24)
     assert row["stage"] == "estimated"
+
+
+def test_a_node_on_demand_replaced_on_demand_is_no_fallback(world: World, serve) -> None:
+    feed(world, serve)
+    tenant = add_tenant(world)
+    old = tenant.node(1, "m5.large", at(18, 2), at(18, 5), node_type="on-demand")
+    new = tenant.node(2, "m5.large", at(18, 5), at(18, 9), node_type="on-demand")
+    add_nodes(world, old, new)
+    interrupt(world, tenant, old, new, at(18, 4, 50))
+    world.run([*COSTS, "interruptions", "savings_daily"], "2026-11-18")
+    (row,) = world.query("SELECT * FROM savings_daily")
+    assert (row["gross_usd"], row["fallback_premium_usd"], row["net_usd"]) == (0, 0, 0)
+
+
+def test_a_fallback_counts_for_its_days_whatever_else_is_computed_with_them(world: World, serve) -> None:
+    feed(world, serve)
+    tenant = add_tenant(world)
+    # 30 days before the 18th, 31 before the 19th.
+    notice = at(18, 12) - timedelta(days=30)
+    old = tenant.node(1, "m5.large", notice - HOUR, notice + MINUTE)
+    new = tenant.node(2, "m5.large", notice + MINUTE, at(19, 6), node_type="on-demand")
+    add_nodes(world, old, new)
+    interrupt(world, tenant, old, new, notice)
+    world.run(["interruptions"], f"{notice:%Y-%m-%d}")
+    world.run([*COSTS, "savings_daily"], "2026-11-18", "2026-11-19")
+    together = world.query("SELECT day, fallback_premium_usd AS usd FROM savings_daily ORDER BY day")
+    assert together[0]["usd"] > 0
+    assert together[1]["usd"] == 0
+    for day in ("2026-11-19", "2026-11-18"):
+        world.run(["savings_daily"], day)
+    assert world.query("SELECT day, fallback_premium_usd AS usd FROM savings_daily ORDER BY day") == together
+
+
+def test_a_node_on_its_way_back_to_spot_is_a_second_machine_too(world: World, serve) -> None:
+    feed(world, serve)
+    tenant = add_tenant(world)
+    fallback = tenant.node(1, "m5.large", at(18, 2), at(18, 6, 12), node_type="on-demand")
+    spot = tenant.node(2, "m5.large", at(18, 5, 55), at(18, 9))
+    add_nodes(world, fallback, spot)
+    plan = new_id()
+    world.insert(
+        OptimizationHistory,
+        {
+            "id": plan,
+            "customer_id": tenant.customer_id,
+            "cluster_id": tenant.cluster_id,
+            "optimization_type": "return_to_spot",
+            "status": "succeeded",
+            "requested_by": "cloudoptim",
+        },
+    )
+    needs = {"instance_id": fallback["instance_id"], "node_name": fallback["node_name"]}
+    launch(world, tenant, spot, at(18, 6), plan_id=plan, step_no=1, requirements=needs)
+    world.run([*COSTS, "interruptions", "savings_daily"], "2026-11-18")
+    (row,) = world.query("SELECT * FROM savings_daily")
+    # 5:55 to 6:00 and 6:00 to 6:12
+    assert row["overlap_usd"] == sum((Decimal("0.096") * m / 60).quantize(Decimal("1e-8")) for m in (5, 12))
+    assert row["fallback_premium_usd"] == 0
+    assert row["net_usd"] == row["gross_usd"] - row["overlap_usd"]
 
 
 def test_dearer_than_on_demand_is_a_negative_saving(world: World, serve) -> None:

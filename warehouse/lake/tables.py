@@ -327,6 +327,7 @@ _TABLES = (
             _opt("replacement_launched_at", TIMESTAMP, "when that instance began to cost money"),
             _c("state", TEXT, "state of the interruption when this row was written"),
             _opt("outcome", TEXT, "how it ended, null while open"),
+            _opt("lifecycle", TEXT, "how the interrupted instance was bought: spot or on-demand"),
             SOURCE,
             DAY_COLUMN,
         ),

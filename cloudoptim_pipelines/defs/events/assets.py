@@ -70,6 +70,7 @@ INTERRUPTION_COLUMNS: dict[str, Any] = {
     "replacement_launched_at": TIME,
     "state": pl.String,
     "outcome": pl.String,
+    "lifecycle": pl.String,
     "source": pl.String,
 }
 # The drain that ended first and the attempt that lived are the ones that handled it. The replacement costs from the
@@ -79,8 +80,8 @@ _INTERRUPTIONS = """
            coalesce(n.zone_id, 'unknown'), coalesce(i.availability_zone, n.availability_zone),
            coalesce(i.instance_type, n.instance_type, 'unknown'), i.region, i.kind, i.deadline_at,
            t.created_at, t.cordoned_at, t.finished_at, a.ready_at, i.closed_at,
-           least(n.terminated_at, i.instance_gone_at), a.instance_id, coalesce(a.launched_at, r.created_at),
-           i.state, i.outcome, 'observed'
+           least(n.terminated_at, i.instance_gone_at), a.instance_id, coalesce(r.created_at, a.launched_at),
+           i.state, i.outcome, n.node_type, 'observed'
     FROM interruptions i
     LEFT JOIN nodes n ON n.customer_id = i.customer_id AND n.id = i.node_id
     LEFT JOIN LATERAL (

@@ -4,6 +4,8 @@ from datetime import date, timedelta
 from typing import Any
 
 import dagster as dg
+import polars as pl
+from sqlalchemy import text
 
 from cloudoptim_pipelines.defs.costs.assets import cluster_cost_hourly, compute, parameters
 from cloudoptim_pipelines.defs.events.assets import interruptions
@@ -17,8 +19,8 @@ from warehouse.lake.staging import Staged
 
 # A day's savings are an estimate until so many full days later: late samples and late prices may still change them.
 REALISED_AFTER_DAYS = 2
-# A fallback to on-demand lasts until the pool has been quiet; older ones are no longer counted as a fallback.
-INTERRUPTIONS_LOOKBACK = timedelta(days=30)
+# A fallback to on-demand lasts until the pool has been quiet; from so many days on it is no longer counted as one.
+FALLBACK_DAYS = 30
 
 _SHARED: dict[str, Any] = {
     "partitions_def": by_day,
@@ -38,12 +40,34 @@ def savings_daily(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg
     def staged(snapshot: Snapshot, days: DayRange) -> Staged:
         given = {
             **parameters(days, now),
-            "interruptions_from": days.first - INTERRUPTIONS_LOOKBACK,
+            "fallback_days": FALLBACK_DAYS,
             "realised_after_days": REALISED_AFTER_DAYS,
         }
-        return stage(snapshot, "savings_daily", {"day": days.days()}, given)
+        with warehouse.database.system() as connection:
+            rows = connection.execute(_RETURNS, {"start": days.start, "end": days.end}).all()
+        returns = pl.DataFrame([tuple(row) for row in rows], schema=_RETURN_COLUMNS, orient="row")
+        return stage(snapshot, "savings_daily", {"day": days.days()}, given, {"returns": returns.to_arrow()})
 
     return compute(context, warehouse, "savings_daily", staged)
+
+
+# A node that went back to Spot, and how long the one it replaces ran beside it: until it was terminated, or on and on
+# where its drain failed and both were kept.
+_RETURNS = text("""
+    SELECT l.customer_id::text, a.instance_id, n.created_at, coalesce(o.terminated_at, :end)
+    FROM launch_intents l
+    JOIN launch_attempts a ON a.customer_id = l.customer_id AND a.intent_id = l.id AND a.instance_id IS NOT NULL
+    JOIN nodes n ON n.customer_id = a.customer_id AND n.instance_id = a.instance_id
+    JOIN nodes o ON o.customer_id = l.customer_id AND o.cluster_id = l.cluster_id
+        AND o.instance_id = l.requirements ->> 'instance_id'
+    WHERE l.plan_id IS NOT NULL AND n.created_at < :end AND (o.terminated_at IS NULL OR o.terminated_at > :start)
+""")
+_RETURN_COLUMNS: dict[str, Any] = {
+    "customer_id": pl.String,
+    "instance_id": pl.String,
+    "started_at": pl.Datetime("us", "UTC"),
+    "replaced_until": pl.Datetime("us", "UTC"),
+}
 
 
 @dg.asset(deps=[savings_daily], kinds={"duckdb", "postgres"}, **_SHARED)

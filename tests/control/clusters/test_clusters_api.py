@@ -136,6 +136,24 @@ async def test_cost_now_is_the_live_nodes_at_the_newest_prices(api, tenant):
     assert [node["price_usd_per_hour"] for node in nodes] == [0.03, 0.1, None]
 
 
+async def test_a_node_is_priced_by_its_zones_id_not_by_a_name_that_differs_between_accounts(api, tenant):
+    kind = f"t{uuid4().hex[:6]}.large"
+    await prices(api, kind)
+    async with api.db.system() as conn:
+        # A newer price of another zone, which our account knows by the name the customer's account gives to use1-az1.
+        await conn.execute(
+            text("""INSERT INTO spot_price_current (region, zone_id, instance_type, product, availability_zone,
+                        price_usd_per_hour, effective_at, source)
+                    VALUES ('us-east-1', 'use1-az4', :t, 'Linux/UNIX', :zone, 0.09, now() + interval '1 s', 'test')"""),
+            {"t": kind, "zone": node_state(1)["availability_zone"]},
+        )
+    node = node_state(1, instance_type=kind, zone_id="use1-az1")
+    state = cluster_state(tenant.cluster_id, [node])
+    await api.ok("POST", "/client/metrics", tenant.agent_key, json=batch(tenant.cluster_id, state=state))
+    nodes = (await api.ok("GET", f"/clusters/{tenant.cluster_id}/nodes", tenant.analyst_key))["nodes"]
+    assert [node["price_usd_per_hour"] for node in nodes] == [0.03]
+
+
 async def test_events_are_listed_newest_first_and_paged(api, tenant):
     state = cluster_state(tenant.cluster_id, [node_state(number) for number in range(3)])
     await api.ok("POST", "/client/metrics", tenant.agent_key, json=batch(tenant.cluster_id, state=state))

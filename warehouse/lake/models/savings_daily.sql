@@ -1,14 +1,16 @@
 -- Savings of each cluster and day against B1 list ("the same machines on demand"); negative savings are kept.
 --
--- reads: cluster_cost_hourly, node_cost_hourly, interruptions, spot_prices
--- parameters: $first_day, $last_day, $as_of, $prices_from, $interruptions_from, $realised_after_days,
---             $price_age_days
+-- reads: cluster_cost_hourly, node_cost_hourly, interruptions, spot_prices, returns (given by the caller: customer_id,
+--        instance_id, started_at, replaced_until: Spot nodes launched in the place of a fallback)
+-- parameters: $first_day, $last_day, $as_of, $prices_from, $fallback_days, $realised_after_days, $price_age_days
 -- Only complete hours count; coverage_ratio says how many of the hours that have passed they are.
 --   gross            B1 - actual
---   overlap          minutes in which an interrupted node and its replacement both ran, at the replacement's list
---                    price: B1 counts that second machine, which nobody would have had without us
---   fallback premium on-demand minutes of a replacement of a Spot node, at list price less the Spot price of the
---                    interrupted pool as of the hour (never below zero); minutes of overlap are taken off in full already
+--   overlap          minutes in which a node and its replacement both ran, after an interruption or on the way back to
+--                    Spot, at the replacement's list price: B1 counts that second machine, which nobody would have had
+--                    without us
+--   fallback premium on-demand minutes of a replacement of a Spot node, up to $fallback_days days after its
+--                    interruption, at list price less the Spot price of the interrupted pool as of the hour (never below
+--                    zero); minutes of overlap are taken off in full already
 --   displaced commitment, rework: 0, not known yet
 --   net              gross - overlap - fallback premium - displaced commitment - rework
 --
@@ -41,12 +43,19 @@ replacements AS (
         replacement_instance_id AS instance_id,
         min(zone_id) AS interrupted_zone_id,
         min(instance_type) AS interrupted_type,
-        max(ended_at) AS interrupted_until,
-        min(replacement_launched_at) AS launched_at
+        -- Rows from before the column was there are of Spot nodes.
+        bool_or(coalesce(lifecycle, 'spot') = 'spot') AS was_spot,
+        max(day) AS interrupted_on,
+        min(replacement_launched_at) AS started_at,
+        max(ended_at) AS replaced_until
     FROM interruptions
-    WHERE day BETWEEN CAST($interruptions_from AS DATE) AND CAST($last_day AS DATE)
+    WHERE day BETWEEN CAST($first_day AS DATE) - CAST($fallback_days AS INTEGER) AND CAST($last_day AS DATE)
       AND replacement_instance_id IS NOT NULL
     GROUP BY customer_id, replacement_instance_id
+    UNION ALL
+    SELECT customer_id, instance_id, NULL, NULL, false, NULL, min(started_at), max(replaced_until)
+    FROM returns
+    GROUP BY customer_id, instance_id
 ),
 replacement_hours AS (
     SELECT
@@ -55,19 +64,21 @@ replacement_hours AS (
         cost.customer_id,
         cost.cluster_id,
         cost.region,
-        cost.lifecycle,
         cost.minutes,
         cost.on_demand_usd_per_hour,
         'Linux/UNIX' AS product,
         replacements.interrupted_zone_id,
         replacements.interrupted_type,
+        replacements.was_spot
+            AND cost.lifecycle = 'on-demand'
+            AND cost.day <= replacements.interrupted_on + CAST($fallback_days AS INTEGER) AS fallback,
         CASE
-            WHEN replacements.interrupted_until IS NULL OR replacements.launched_at IS NULL THEN 0
+            WHEN replacements.replaced_until IS NULL OR replacements.started_at IS NULL THEN 0
             ELSE greatest(0, least(
                 cost.minutes,
                 (
-                    epoch_us(least(replacements.interrupted_until, cost.ts + INTERVAL 1 HOUR))
-                    - epoch_us(greatest(replacements.launched_at, cost.ts))
+                    epoch_us(least(replacements.replaced_until, cost.ts + INTERVAL 1 HOUR))
+                    - epoch_us(greatest(replacements.started_at, cost.ts))
                 ) / 60000000.0
             ))
         END AS overlap_minutes
@@ -90,7 +101,7 @@ deductions AS (
         replacement_hours.cluster_id,
         sum(CAST(CAST(on_demand_usd_per_hour AS DOUBLE) * overlap_minutes / 60 AS DECIMAL(18, 8))) AS overlap_usd,
         sum(CASE
-            WHEN lifecycle = 'on-demand' AND spot.ts >= replacement_hours.ts - to_days(CAST($price_age_days AS INTEGER))
+            WHEN fallback AND spot.ts >= replacement_hours.ts - to_days(CAST($price_age_days AS INTEGER))
             THEN CAST(
                 greatest(CAST(on_demand_usd_per_hour AS DOUBLE) - CAST(spot.price_usd_per_hour AS DOUBLE), 0)
                     * (minutes - overlap_minutes) / 60
