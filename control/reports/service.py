@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date, timedelta
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Decimal
 from uuid import UUID
 
 from sqlalchemy import Row
@@ -16,6 +16,7 @@ from control.reports.schemas import ClusterSavings, Statement
 from control.security import audit
 from control.security.principal import Principal
 
+CENT = Decimal("0.01")
 MONEY = (
     "baseline_usd",
     "actual_usd",
@@ -81,6 +82,7 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
     net = sum((row.net_savings_usd for row in rows), Decimal(0))
     clusters: dict[UUID, dict[str, Decimal]] = {}
     hours: dict[UUID, float] = {}
+    expected_hours = 0.0
     for row in rows:
         for part in row.body.get("clusters", []):
             cluster_id = UUID(part["cluster_id"])
@@ -88,6 +90,7 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
             for name in MONEY:
                 sums[name] += Decimal(part[name])
             hours[cluster_id] = hours.get(cluster_id, 0.0) + float(part["hours_covered"])
+            expected_hours += float(part["hours_expected"])
     stages = {row.body.get("stage", "estimated") for row in rows}
     return Statement(
         customer_id=customer.id,
@@ -104,8 +107,8 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
         actual_usd=sum((row.actual_usd for row in rows), Decimal(0)),
         net_savings_usd=net,
         savings_ratio=float(net / baseline) if baseline else None,
-        fee_usd=sum((row.fee_usd for row in rows), Decimal(0)),
-        coverage=sum(row.coverage for row in rows) / len(rows),
+        fee_usd=rows[0].fee_usd if len(rows) == 1 else _fee(net, rows),
+        coverage=rows[0].coverage if len(rows) == 1 else min(1.0, sum(hours.values()) / max(expected_hours, 1e-9)),
         lake_release_ids=sorted({row.lake_release_id for row in rows}),
         computed_at=max(row.created_at for row in rows),
         clusters=[
@@ -119,3 +122,10 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
             for cluster_id, sums in sorted(clusters.items())
         ],
     )
+
+
+def _fee(net: Decimal, rows: Sequence[Row]) -> Decimal:
+    """The fee of the sum, at the newest rate: losing days come off before it is taken, and no fee is taken on a loss,
+    as when the whole period is told at once (cloudoptim_pipelines.defs.savings.statements)."""
+    rate = Decimal(rows[-1].body.get("fee_rate", "0"))
+    return (max(net, Decimal(0)) * rate).quantize(CENT, ROUND_HALF_EVEN)

@@ -15,7 +15,19 @@ from control.reports.formats import FOCUS_COLUMNS, safe_cell
 from warehouse.postgres.models import new_id
 
 
-async def write(api, tenant, period: str, start: str, end: str, net: str, *, name: str = "main", revision: int = 1):
+async def write(
+    api,
+    tenant,
+    period: str,
+    start: str,
+    end: str,
+    net: str,
+    *,
+    name: str = "main",
+    revision: int = 1,
+    covered: float = 744.0,
+    expected: float = 744.0,
+):
     part = {
         "cluster_id": str(tenant.cluster_id),
         "baseline_usd": "100.10",
@@ -26,8 +38,8 @@ async def write(api, tenant, period: str, start: str, end: str, net: str, *, nam
         "displaced_commitment_usd": "0",
         "rework_usd": "0",
         "net_usd": net,
-        "hours_covered": 744.0,
-        "hours_expected": 744.0,
+        "hours_covered": covered,
+        "hours_expected": expected,
         "days": 31,
     }
     async with api.db.system() as conn:
@@ -45,7 +57,7 @@ async def write(api, tenant, period: str, start: str, end: str, net: str, *, nam
                 "end": end,
                 "revision": revision,
                 "net": Decimal(net),
-                "body": json.dumps({"stage": "realised", "clusters": [part]}),
+                "body": json.dumps({"stage": "realised", "fee_rate": "0.2", "clusters": [part]}),
             },
         )
         await conn.execute(
@@ -76,8 +88,18 @@ async def test_a_month_that_is_not_over_is_the_sum_of_its_days(api, tenant):
     await write(api, tenant, "day", "2026-11-02", "2026-11-03", "-10.00")
     month = (await get(api, tenant, month="2026-11")).json()
     assert (month["net_savings_usd"], month["partial"], month["period_end"]) == ("30.00000000", True, "2026-11-03")
+    # A losing day comes off the month's gain before a fee is taken, as in the statement of the whole month.
+    assert Decimal(month["fee_usd"]) == 6
     day = (await get(api, tenant, day="2026-11-02")).json()
     assert (day["net_savings_usd"], day["period"]) == ("-10.00000000", "day")
+
+
+async def test_a_month_that_lost_owes_nothing_and_its_hours_weigh_alike(api, tenant):
+    await write(api, tenant, "day", "2026-11-01", "2026-11-02", "10.00", covered=6.0, expected=6.0)
+    await write(api, tenant, "day", "2026-11-02", "2026-11-03", "-12.00", covered=12.0, expected=24.0)
+    month = (await get(api, tenant, month="2026-11")).json()
+    assert Decimal(month["fee_usd"]) == 0
+    assert month["coverage"] == pytest.approx(18 / 30)
 
 
 async def test_every_format_says_the_same(api, tenant):
