@@ -54,7 +54,11 @@ def price(
     }
 
 
-def recording(folder: Path, prices: Sequence[Mapping[str, Any]], on_demand: Mapping[str, float]) -> Path:
+# A list price that always was, or the prices a type had and since when.
+Listed = Mapping[str, float | Sequence[tuple[datetime, float]]]
+
+
+def recording(folder: Path, prices: Sequence[Mapping[str, Any]], on_demand: Listed) -> Path:
     """A folder in the layout that the replay reads."""
     frame = pl.DataFrame(list(prices)).with_columns(pl.col("timestamp").dt.cast_time_unit("us"))
     for (region,), rows in frame.group_by("region"):
@@ -65,7 +69,7 @@ def recording(folder: Path, prices: Sequence[Mapping[str, Any]], on_demand: Mapp
     pl.DataFrame(
         [
             {
-                "valid_from": datetime(2026, 1, 1, tzinfo=UTC),
+                "valid_from": since,
                 "region": region,
                 "instance_type": name,
                 "vcpus": 2.0,
@@ -73,7 +77,8 @@ def recording(folder: Path, prices: Sequence[Mapping[str, Any]], on_demand: Mapp
                 "on_demand_price_usd": usd,
             }
             for region in regions
-            for name, usd in on_demand.items()
+            for name, listed in on_demand.items()
+            for since, usd in ([(datetime(2026, 1, 1, tzinfo=UTC), listed)] if isinstance(listed, float) else listed)
         ]
     ).write_parquet(folder / "on_demand_price.parquet")
     return folder
@@ -240,7 +245,7 @@ def serve(world: World) -> Iterator[Callable[..., None]]:
     """Put a recording behind the world's price endpoints; calling it again replaces the recording."""
     running: list[SandboxAWSThread] = []
 
-    def start(prices: Sequence[Mapping[str, Any]], on_demand: Mapping[str, float] | None = None) -> None:
+    def start(prices: Sequence[Mapping[str, Any]], on_demand: Listed | None = None) -> None:
         folder = recording(world.folder / f"recording-{len(running)}", prices, on_demand or {"m5.large": 0.096})
         aws = SandboxAWSThread(SandboxConfig(market=ReplayMarket(folder, world.now, speed=0)))
         aws.start()

@@ -91,6 +91,35 @@ def test_the_price_in_force_is_kept_in_its_own_day_which_stays_a_gap(world: Worl
     ] == [3, 4]
 
 
+def test_a_day_that_aws_has_half_forgotten_stays_as_covered_as_it_was(world: World, serve) -> None:
+    prices = [
+        price(at(17, 22), "m5.large", 0.03),
+        price(at(18, 3), "m5.large", 0.04),
+        price(at(18, 9), "m5.large", 0.05),
+    ]
+    serve(prices)
+    world.run(["spot_prices"], "2026-11-18|us-east-1")
+    coverage = (
+        "SELECT covered_from, covered_until, present_points FROM partition_coverage WHERE partition_key LIKE '%18|%'"
+    )
+    once, content = world.sql(coverage), world.content("spot_prices")
+    assert once[0]["present_points"] == 24 * 60
+    serve(prices[2:])
+    world.run(["spot_prices"], "2026-11-18|us-east-1")
+    assert world.sql(coverage) == once
+    assert world.content("spot_prices") == content
+
+
+def test_a_list_price_that_changes_at_noon_leaves_the_morning_as_it_was(world: World, serve) -> None:
+    listed = {"m5.large": [(at(1), 0.096), (at(20, 12), 0.09)]}
+    found = "SELECT ts, price_usd_per_hour AS usd FROM on_demand_prices WHERE instance_type = 'm5.large' ORDER BY ts"
+    for hour, wanted in ((8, [(at(20), 0.096)]), (13, [(at(20), 0.096), (at(20, 12), 0.09)])):
+        world.now = at(20, hour)
+        serve([price(at(20, 1), "m5.large", 0.03)], listed)
+        world.run(["on_demand_prices"], "2026-11-20|us-east-1")
+        assert [(row["ts"], float(row["usd"])) for row in world.query(found)] == wanted
+
+
 def test_an_older_day_does_not_take_back_the_current_price(world: World, serve) -> None:
     serve(some_prices())
     world.run(["spot_prices"], KEYS[1])

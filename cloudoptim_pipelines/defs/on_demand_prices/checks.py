@@ -9,7 +9,8 @@ from cloudoptim_pipelines.partitions import REGIONS
 from cloudoptim_pipelines.resources import Warehouse
 
 _LISTS = """
-    SELECT day, region, count(*) AS types, count(*) FILTER (WHERE price_usd_per_hour <= 0) AS not_positive
+    SELECT day, region, count(DISTINCT (instance_type, product)) AS types,
+           count(*) FILTER (WHERE price_usd_per_hour <= 0) AS not_positive
     FROM on_demand_prices WHERE day >= $since GROUP BY day, region ORDER BY day, region
 """
 # AWS adds types and hardly ever removes one: a list that lost a tenth overnight was not read to its end.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from typing import Any
 
@@ -113,6 +113,8 @@ def _ingest(warehouse: Warehouse, reader: LakeReader, region: str, days: DayRang
         priced_before = bool((cleaned.rows["ts"] <= days.start).any())
         facts = shape.day_facts(rows, region, days, asked_until=asked_until, priced_before=priced_before)
         with warehouse.database.system() as connection:
+            known = {row.partition_key: row for row in coverage.load(connection, TABLE, keys=keys)}
+            facts = [_still_covered(fact, known.get(fact.key)) for fact in facts]
             coverage.save(connection, [_coverage(fact, region, run_id) for fact in facts])
             _update_current(connection, region, shape.newest(cleaned.rows))
     totals = Counter(
@@ -171,6 +173,13 @@ def _existing(reader: LakeReader, region: str, days: Sequence[date]) -> pl.DataF
         "SELECT * EXCLUDE (day) FROM spot_prices WHERE region = $region AND day IN (SELECT unnest($days))",
         {"region": region, "days": list(days)},
     )
+
+
+def _still_covered(fact: shape.DayFacts, known: coverage.Coverage | None) -> shape.DayFacts:
+    """What was covered stays covered: the rows that AWS has forgotten since are still in the lake."""
+    if known is None or not known.present or known.end < fact.start or known.start > fact.end:
+        return fact
+    return replace(fact, start=min(fact.start, known.start), end=max(fact.end, known.end))
 
 
 def _coverage(fact: shape.DayFacts, region: str, run_id: str) -> coverage.Coverage:
