@@ -92,8 +92,8 @@ class VacuumReport:
 def vacuum(lake: Lake, *, retention_hours: int = RETENTION_HOURS, dry_run: bool = False) -> VacuumReport:
     """Remove files that no readable release needs: those of expired releases and those dead writers left behind.
 
-    Releases older than the retention expire, but for kept ones and the newest. No commit is made: delta-rs only names
-    the files. Retentions under ``MINIMUM_RETENTION_HOURS`` hold off all staging meanwhile.
+    Releases that were superseded longer ago than the retention expire, but for kept ones. No commit is made: delta-rs
+    only names the files. Retentions under ``MINIMUM_RETENTION_HOURS`` hold off all staging meanwhile.
 
     Raises:
         LakeBusyError: such a short retention, and a process is staging files.
@@ -109,7 +109,7 @@ def vacuum(lake: Lake, *, retention_hours: int = RETENTION_HOURS, dry_run: bool 
 def _vacuum(lake: Lake, retention_hours: int, dry_run: bool) -> VacuumReport:
     cutoff = datetime.now(UTC) - timedelta(hours=retention_hours)
     # Expired first: from here on nobody can pin or keep what is about to go.
-    expired = [] if dry_run else lake.expire(released_before=cutoff)
+    expired = [] if dry_run else lake.expire(superseded_before=cutoff)
     removed: dict[str, list[str]] = {}
     for table, versions in lake.readable_versions().items():
         handle = lake.delta_table(table)

@@ -149,12 +149,15 @@ class StagedFile:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Staged files of one table and the partitions they replace. ``held``: the lake keeps vacuum away from them."""
+    """Staged files of one table and the partitions they replace.
+
+    ``hold`` is the lake's mark that they wait for their release and vacuum is kept away; empty when there is no file.
+    """
 
     table: str
     scope: Scope
     files: tuple[StagedFile, ...]
-    held: bool = True
+    hold: str = ""
 
     @property
     def rows(self) -> int:

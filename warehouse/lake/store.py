@@ -9,7 +9,8 @@ version of every table. The order is:
 4. one Delta commit for each table;
 5. one row in ``lake_releases``; 6. unlock.
 
-A writer that dies anywhere leaves readers where they were, and the next writer puts its tables in step.
+A writer that dies anywhere leaves readers where they were, and the next writer puts its tables in step. Once the row
+may have been sent, no file is deleted: a release whose answer got lost is looked up, and litter is left to vacuum.
 
     lake = Lake(root, database_url)
     lake.publish([PartitionWrite("spot_prices", {"day": "2024-01-31", "region": "us-east-1"}, frame)],
@@ -19,8 +20,9 @@ A writer that dies anywhere leaves readers where they were, and the next writer 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any, Literal
 import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, Field, Schema
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
@@ -45,6 +48,21 @@ COMMIT_LOCK = int.from_bytes(b"lakepub\0", "big")
 STAGING_LOCK = int.from_bytes(b"lakestg\0", "big")
 # A commit under the lock takes tens of milliseconds; a queue of two minutes means something is stuck.
 LOCK_TIMEOUT_SECONDS = 120
+# The server ends the session of a machine that vanished, and with it the lake's lock, after 20 + 3 x 10 s of silence:
+# well before those who wait give up. Data on its way silences keepalives, so it has a limit of its own.
+VANISHED_CLIENT = """
+SELECT set_config(name, value, false) FROM (VALUES
+    ('tcp_keepalives_idle', '20s'), ('tcp_keepalives_interval', '10s'), ('tcp_keepalives_count', '3'),
+    ('tcp_user_timeout', '50s')
+) AS settings (name, value)
+"""
+# The same the other way round: who waits for an answer of a server that vanished would wait for two hours.
+VANISHED_SERVER: dict[str, Any] = {
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 50_000,
+}
 
 TABLE_PROPERTIES = {
     "delta.checkpointInterval": "20",
@@ -136,8 +154,8 @@ class Lake:
         self._reading: psycopg.Connection | None = None
         self._staging_guard = threading.Lock()
         self._staging: psycopg.Connection | None = None
-        self._staging_locked = False
-        self._staged_open = 0
+        # Staged files that wait for their release; False where vacuum was not kept away all the time.
+        self._holds: dict[str, bool] = {}
 
     # Tables
 
@@ -250,7 +268,10 @@ class Lake:
     def table_schema(self, table: str) -> pa.Schema:
         """Arrow schema of the table as released now, columns added since included."""
         self.spec(table)
-        return delta_arrow_schema(self.delta_table(table, self.release().versions[table]))
+        version = self.release().versions.get(table)
+        if version is None:
+            raise LakeReleaseError(f"lake table {table} was never created; run `cloudoptim migrate`")
+        return delta_arrow_schema(self.delta_table(table, version))
 
     def delta_table(self, table: str, version: int | None = None) -> DeltaTable:
         """A fresh delta-rs handle on a version (None: whatever Delta has, released or not).
@@ -282,59 +303,82 @@ class Lake:
             return data
         spec = self.spec(table)
         scope = Scope.of(spec, partition)
-        schema = self._arrow_schema(table)
-        conformer = Conformer(spec, schema, scope)
+        conformer = Conformer(spec, self.table_schema(table), scope)
         if data is None:
-            return Staged(table, scope, (), held=False)
+            return Staged(table, scope, ())
         reader = batches(data)
         conformer.check_names(reader.schema)
-        self._hold_staging()
+        hold = self._hold_staging()
         try:
             files = Stager(self.storage, conformer).write(reader)
         except BaseException:
-            self._release_staging()
+            self._release_staging(hold)
             raise
-        return Staged(table, scope, tuple(files))
+        if not files:
+            self._release_staging(hold)
+            return Staged(table, scope, ())
+        return Staged(table, scope, tuple(files), hold)
 
     def discard(self, staged: Staged) -> None:
-        """Delete staged files that will not be published."""
+        """Delete staged files that will not be published. Files that were given to ``publish`` are left alone."""
+        if staged.hold not in self._holds:
+            return
         for file in staged.files:
             with suppress(OSError):
                 self.storage.discard(self.storage.path(staged.table, file.path))
-        if staged.held:
-            self._release_staging()
+        self._release_staging(staged.hold)
 
-    def _arrow_schema(self, table: str) -> pa.Schema:
-        with self._write_guard:
-            return delta_arrow_schema(self._handle(table))
-
-    def _hold_staging(self) -> None:
-        """Hold the shared staging lock while files wait for their commit, so that no vacuum takes them for litter."""
+    def _hold_staging(self) -> str:
+        """Hold the shared staging lock while files wait for their release, so that no vacuum takes them for litter."""
         with self._staging_guard:
-            for attempt in (1, 2):
-                if self._staging is None or self._staging.closed:
-                    self._staging = self._connect("cloudoptim lake staging")
-                    self._staging_locked = False
-                try:
-                    if not self._staging_locked:
-                        self._staging.execute("SELECT pg_advisory_lock_shared(%s)", [STAGING_LOCK])
-                        self._staging_locked = True
-                    break
-                except psycopg.OperationalError:
-                    self._staging.close()  # a kept session whose server restarted; a new one may do
-                    if attempt == 2:
-                        raise
-            self._staged_open += 1
+            self._lock_staging("pg_advisory_lock_shared")
+            hold = uuid.uuid4().hex
+            self._holds[hold] = True
+            return hold
 
-    def _release_staging(self) -> None:
+    def _lock_staging(self, function: Literal["pg_advisory_lock_shared", "pg_try_advisory_lock_shared"]) -> bool:
+        """Take the lock, again if it is held: that tells whether its session still lives. False: a vacuum has it."""
+        for attempt in (1, 2):
+            if self._staging is None or self._staging.closed:
+                self._holds = dict.fromkeys(self._holds, False)
+                self._staging = self._connect("cloudoptim lake staging")
+            try:
+                answer = self._staging.execute(f"SELECT {function}(%s)", [STAGING_LOCK]).fetchone()
+                return answer is not None and answer[0] is not False
+            except psycopg.OperationalError:
+                self._staging.close()  # a kept session whose server restarted; a new one may do
+                if attempt == 2:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _release_staging(self, hold: str) -> None:
         with self._staging_guard:
-            self._staged_open -= 1
-            if self._staged_open == 0 and self._staging is not None and self._staging_locked:
-                try:
-                    self._staging.execute("SELECT pg_advisory_unlock_shared(%s)", [STAGING_LOCK])
-                except psycopg.Error:
-                    self._staging.close()
-                self._staging_locked = False
+            if self._holds.pop(hold, None) is None or self._holds or self._staging is None:
+                return
+            try:
+                self._staging.execute("SELECT pg_advisory_unlock_all()")
+            except psycopg.Error:
+                self._staging.close()
+
+    def _refuse_vacuumed(self, staged: Sequence[Staged]) -> None:
+        """Refuse files that a vacuum removed, or may be removing, since the session that held it off was lost.
+
+        Asked when the newest Delta versions name the files: a vacuum that begins after this keeps them. The lock is
+        only tried, because its holder may be waiting for ours.
+        """
+        waiting = [item for item in staged if item.hold]
+        if not waiting:
+            return
+        with self._staging_guard:
+            safe = self._lock_staging("pg_try_advisory_lock_shared")
+            exposed = [item for item in waiting if not self._holds.get(item.hold)]
+        for item in exposed:
+            found = self.storage.filesystem.get_file_info([self.storage.path(item.table, f.path) for f in item.files])
+            if not safe or any(info.type != pafs.FileType.File for info in found):
+                raise LakeError(
+                    f"table {item.table}: the session that kept vacuum away from the staged files was lost, and a "
+                    "vacuum has run since; stage the data again, then publish"
+                )
 
     # Publishing
 
@@ -352,41 +396,53 @@ class Lake:
 
         Returns the release (the current one when nothing changed). Each replaced partition is listed in it with its
         rows before and after. Who read a partition in order to change it passes the release it read as ``based_on``:
-        if any replaced partition changed since, nothing is published.
+        if any replaced partition changed since, nothing is published. What ``stage`` returned is used up by this call,
+        whatever its outcome.
 
         Raises:
-            LakeDataError: data does not fit its table; nothing was written.
+            LakeDataError: data does not fit its table, or staged files were used before; nothing was written.
+            LakeError: Postgres was lost before it answered (the message says whether the release is published), or a
+                vacuum removed staged files.
             LakeBusyError: another writer held the lock for ``LOCK_TIMEOUT_SECONDS``.
             LakeConflictError: a replaced partition changed since ``based_on`` (read it again and repeat), or someone
                 commits to the tables without this class.
         """
         staged: list[Staged] = []
         try:
-            for write in writes:
-                if isinstance(write, Staged):
-                    staged.append(write)
-                else:
-                    staged.append(self.stage(write.table, write.partition, write.data))
-            changes: dict[str, _Change] = {}
-            for item in staged:
-                change = changes.setdefault(item.table, _Change([], [], operation))
-                for scope in change.scopes:
-                    if scope.overlaps(item.scope):
+            with ExitStack() as unpublished:
+                for write in writes:
+                    given = write if isinstance(write, Staged) else write.data
+                    if isinstance(given, Staged):
+                        unpublished.callback(self.discard, given)
+                for write in writes:
+                    item = write if isinstance(write, Staged) else self.stage(write.table, write.partition, write.data)
+                    staged.append(item)
+                    if item.hold and item.hold not in self._holds:
                         raise LakeDataError(
-                            f"table {item.table}: two writes of one release replace the same partition "
-                            f"({scope} and {item.scope}); put their rows together"
+                            f"table {item.table}: these staged files were already published, discarded, or given to a "
+                            "publish that failed; stage the data again, with the lake that publishes it"
                         )
-                change.scopes.append(item.scope)
-                change.files.extend(item.files)
-            release = self._commit(changes, run_id, code_version, note, based_on)
-        except BaseException:
+                    unpublished.callback(self.discard, item)
+                changes: dict[str, _Change] = {}
+                for item in staged:
+                    change = changes.setdefault(item.table, _Change([], [], operation))
+                    for scope in change.scopes:
+                        if scope.overlaps(item.scope):
+                            raise LakeDataError(
+                                f"table {item.table}: two writes of one release replace the same partition "
+                                f"({scope} and {item.scope}); put their rows together"
+                            )
+                    change.scopes.append(item.scope)
+                    change.files.extend(item.files)
+
+                def before_release() -> None:
+                    self._refuse_vacuumed(staged)
+                    unpublished.pop_all()  # from here on the files may be what a release names
+
+                return self._commit(changes, run_id, code_version, note, based_on, before_release)
+        finally:
             for item in staged:
-                self.discard(item)
-            raise
-        for item in staged:
-            if item.held:
-                self._release_staging()
-        return release
+                self._release_staging(item.hold)
 
     def _commit(
         self,
@@ -395,6 +451,7 @@ class Lake:
         code_version: str,
         note: str | None,
         based_on: Release | None,
+        before_release: Callable[[], None],
     ) -> Release:
         with self._locked() as session:
             latest = self._current(session)
@@ -409,6 +466,7 @@ class Lake:
                 versions[table] = self._commit_table(handle, table, change, run_id, code_version, replaced)
             if versions == dict(latest.versions):
                 return latest
+            before_release()
             rows = sum(entry["rows"] for entry in replaced)
             return self._release(session, latest, versions, replaced, rows, run_id, code_version, note)
 
@@ -559,17 +617,18 @@ class Lake:
             )
         return self.release(release_id)
 
-    def expire(self, *, released_before: datetime) -> list[int]:
-        """Mark releases before that moment as no longer readable, but for kept ones and the newest. Returns their ids.
+    def expire(self, *, superseded_before: datetime) -> list[int]:
+        """Mark releases that were the newest for the last time before that moment as no longer readable, but for kept
+        ones. Returns their ids.
 
-        Their files go with the next vacuum; their rows stay, for they are the lake's history.
+        ``release(as_of=…)`` thus answers for every moment since then. Their files go with the next vacuum; their rows
+        stay, for they are the lake's history.
         """
         with self._locked() as session:
             rows = session.execute(
-                "UPDATE lake_releases SET expired_at = clock_timestamp() "
-                "WHERE released_at < %s AND NOT kept AND expired_at IS NULL "
-                "AND id < (SELECT max(id) FROM lake_releases) RETURNING id",
-                [released_before],
+                "UPDATE lake_releases old SET expired_at = clock_timestamp() WHERE NOT kept AND expired_at IS NULL AND "
+                "(SELECT released_at FROM lake_releases WHERE id > old.id ORDER BY id LIMIT 1) < %s RETURNING id",
+                [superseded_before],
             ).fetchall()
         return sorted(row[0] for row in rows)
 
@@ -620,19 +679,49 @@ class Lake:
     ) -> Release:
         # The condition fences a writer whose lock was lost: its session is gone then, and so is its insert; should a
         # proxy have reconnected it silently, another's release in between makes the insert write nothing.
-        row = session.execute(
+        statement = (
             "INSERT INTO lake_releases (released_at, versions, replaced, rows, run_id, code_version, note) "
             "SELECT clock_timestamp(), %s, %s, %s, %s, %s, %s "
             "WHERE coalesce((SELECT max(id) FROM lake_releases), 0) = %s "
-            f"RETURNING {_COLUMNS}",
-            [Jsonb(dict(versions)), Jsonb(replaced), rows, run_id, code_version, note, base.id if base else 0],
-        ).fetchone()
+            f"RETURNING {_COLUMNS}"
+        )
+        after = base.id if base else 0
+        values = [Jsonb(dict(versions)), Jsonb(replaced), rows, run_id, code_version, note, after]
+        try:
+            row = session.execute(statement, values).fetchone()
+        except psycopg.OperationalError as error:
+            session.close()
+            return self._look_up(after, versions, run_id, error)
         if row is None:
             raise LakeConflictError(
                 "another release was published while this writer believed it held the lock; connect to Postgres "
                 "without a transaction pooler, then publish again"
             )
         return Release(*row)
+
+    def _look_up(self, after: int, versions: Mapping[str, int], run_id: str, error: Exception) -> Release:
+        """The release whose INSERT got no answer, if it is there.
+
+        The lock is free once the lost session has ended: then the row is there, or never will be. It is the first one
+        after ``after``, and nobody else's can name its versions, because a Delta version is one writer's commit and is
+        rolled back by a newer one.
+        """
+        reason = str(error).strip().split("\n")[0]
+        try:
+            with self._connect("cloudoptim lake writer") as session:
+                self._wait_for_lock(session)
+                row = session.execute(f"{_SELECT} WHERE id > %s ORDER BY id LIMIT 1", [after]).fetchone()
+        except (psycopg.Error, LakeError) as unknown:
+            raise LakeError(
+                f"Postgres was lost while run {run_id} was published ({reason}), and it is not known whether the "
+                f"release was written; see lake_releases for an id above {after}, or run it again, which does no harm"
+            ) from unknown
+        release = Release(*row) if row else None
+        if release is None or release.versions != versions:
+            raise LakeError(
+                f"Postgres was lost while run {run_id} was published ({reason}): nothing of it is visible; run it again"
+            ) from error
+        return release
 
     # Delta handles
 
@@ -666,7 +755,9 @@ class Lake:
 
     def _connect(self, application: str) -> psycopg.Connection:
         try:
-            session = psycopg.connect(self._dsn, autocommit=True, connect_timeout=5, application_name=application)
+            session = psycopg.connect(
+                self._dsn, autocommit=True, connect_timeout=5, application_name=application, **VANISHED_SERVER
+            )
         except psycopg.OperationalError as error:
             reason = str(error).strip().split("\n")[0]
             raise LakeError(f"the lake cannot reach Postgres ({reason}); check DATABASE_URL") from error
@@ -675,6 +766,7 @@ class Lake:
             "WHERE rolname = %s AND pg_has_role(session_user, oid, 'MEMBER')",
             [SYSTEM_ROLE],
         )
+        session.execute(VANISHED_CLIENT)
         return session
 
     def _read(self, statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -699,29 +791,42 @@ class Lake:
             session = self._lock()
             try:
                 yield session
-                session.execute("SELECT pg_advisory_unlock(%s)", [COMMIT_LOCK])
             except BaseException:
                 session.close()  # ends the lock whatever state the session is in
+                raise
+            try:
+                session.execute("SELECT pg_advisory_unlock(%s)", [COMMIT_LOCK])
+            except psycopg.Error:
+                session.close()  # unlocks as well, and what was done under the lock stands
+            except BaseException:
+                session.close()
                 raise
 
     def _lock(self) -> psycopg.Connection:
         for attempt in (1, 2):
             if self._writing is None or self._writing.closed:
                 self._writing = self._connect("cloudoptim lake writer")
-                self._writing.execute("SELECT set_config('lock_timeout', %s, false)", [f"{LOCK_TIMEOUT_SECONDS}s"])
             try:
-                self._writing.execute("SELECT pg_advisory_lock(%s)", [COMMIT_LOCK])
+                self._wait_for_lock(self._writing)
                 return self._writing
-            except psycopg.errors.LockNotAvailable:
-                raise LakeBusyError(
-                    f"another writer has held the lake's lock for {LOCK_TIMEOUT_SECONDS} s; see pg_locks "
-                    "(locktype advisory) for its process, then publish again"
-                ) from None
             except psycopg.OperationalError:
                 self._writing.close()  # a kept session whose server restarted; a new one may do
                 if attempt == 2:
                     raise
+            except BaseException:
+                self._writing.close()  # an interrupt may come when the lock is already ours
+                raise
         raise AssertionError("unreachable")
+
+    def _wait_for_lock(self, session: psycopg.Connection) -> None:
+        session.execute("SELECT set_config('lock_timeout', %s, false)", [f"{LOCK_TIMEOUT_SECONDS}s"])
+        try:
+            session.execute("SELECT pg_advisory_lock(%s)", [COMMIT_LOCK])
+        except psycopg.errors.LockNotAvailable:
+            raise LakeBusyError(
+                f"another writer has held the lake's lock for {LOCK_TIMEOUT_SECONDS} s; see pg_locks "
+                "(locktype advisory) for its process, then publish again"
+            ) from None
 
     def close(self) -> None:
         """Close the Postgres sessions."""

@@ -13,7 +13,7 @@ import pytest
 
 from tests.warehouse.lake.lake_rows import prices
 from warehouse.lake import maintenance
-from warehouse.lake.errors import LakeBusyError, LakeDataError, LakeReleaseError
+from warehouse.lake.errors import LakeBusyError, LakeDataError, LakeError, LakeReleaseError
 from warehouse.lake.query import LakeReader
 from warehouse.lake.staging import Staged, StagedFile
 from warehouse.lake.store import Lake, PartitionWrite
@@ -56,7 +56,7 @@ def in_pieces(lake: Lake, sizes: list[int]) -> None:
         staged = lake.stage("spot_prices", DAY_1, whole.slice(start, size))
         files.extend(staged.files)
         start += size
-    lake.publish([Staged("spot_prices", staged.scope, tuple(files), held=False)], run_id="pieces")
+    lake.publish([Staged("spot_prices", staged.scope, tuple(files), staged.hold)], run_id="pieces")
 
 
 def test_compaction_leaves_one_sorted_file_and_the_same_rows(lake: Lake, reader: LakeReader) -> None:
@@ -101,12 +101,13 @@ def test_vacuum_removes_what_no_readable_release_needs(lake: Lake, reader: LakeR
     assert foreseen.expired == []
     before = files(lake)
     report = maintenance.vacuum(lake)
-    assert {first.id, third.id, newest_old.id} <= set(report.expired)
-    assert kept.id not in report.expired
+    assert {first.id, third.id} <= set(report.expired)
+    assert not {kept.id, newest_old.id} & set(report.expired)
     assert before - files(lake) == {Path(file).name for file in report.files["spot_prices"]}
     # The first release's. The third's was live until a moment ago: it goes when that is a week past.
     assert len(before - files(lake)) == 1
-    for release, rows in ((kept, 2), (recent, 9)):
+    assert lake.release(as_of=recent.released_at - timedelta(microseconds=1)).id == newest_old.id
+    for release, rows in ((kept, 2), (newest_old, 7), (recent, 9)):
         assert reader.pin(release.id).query(ROWS).to_pylist() == [{"n": rows}]
         fresh = LakeReader(lake)
         assert fresh.pin(release.id).query(ROWS).to_pylist() == [{"n": rows}]
@@ -155,6 +156,51 @@ def test_vacuum_without_retention_waits_for_nobody_staging(lake: Lake, reader: L
         maintenance.vacuum(lake, retention_hours=-1)
 
 
+def lose_staging_sessions(database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE application_name = 'cloudoptim lake staging' AND datname = current_database()"
+        )
+
+
+@pytest.mark.parametrize("staged_more", [False, True], ids=["found at publish", "found by the next staging"])
+def test_staged_files_that_a_vacuum_removed_are_not_published(
+    lake: Lake, reader: LakeReader, database_url: str, staged_more: bool
+) -> None:
+    publish(lake, DAY_1, prices(1, 1))
+    with Lake(lake.storage.root, database_url) as writer:
+        staged = writer.stage("spot_prices", DAY_2, prices(2, 2))
+        lose_staging_sessions(database_url)
+        maintenance.vacuum(lake, retention_hours=0)
+        other = [PartitionWrite("spot_prices", {**DAY_1, "day": "2024-01-03"}, prices(3, 4))] if staged_more else []
+        before = lake.release()
+        with pytest.raises(LakeError, match=r"was lost, and a vacuum has run since; stage the data again"):
+            writer.publish([*other, staged], run_id="staged")
+        assert lake.release() == before
+        again = writer.stage("spot_prices", DAY_2, prices(2, 2))
+        writer.publish([again], run_id="staged again")
+        maintenance.vacuum(lake, retention_hours=0)  # nothing is held any more
+    assert reader.query(ROWS).to_pylist() == [{"n": 3}]
+
+
+def test_staged_files_are_not_published_while_a_vacuum_may_be_removing_them(lake: Lake, database_url: str) -> None:
+    with Lake(lake.storage.root, database_url) as writer:
+        staged = writer.stage("spot_prices", DAY_2, prices(2, 2))
+        lose_staging_sessions(database_url)
+        with lake.nothing_staged(), pytest.raises(LakeError, match="stage the data again"):
+            writer.publish([staged], run_id="staged")
+
+
+def test_staged_files_survive_the_loss_of_their_session(lake: Lake, reader: LakeReader, database_url: str) -> None:
+    with Lake(lake.storage.root, database_url) as writer:
+        staged = writer.stage("spot_prices", DAY_2, prices(2, 2))
+        lose_staging_sessions(database_url)
+        writer.publish([staged], run_id="staged")
+    maintenance.vacuum(lake, retention_hours=0)
+    assert reader.query(ROWS).to_pylist() == [{"n": 2}]
+
+
 def test_a_kept_release_survives_every_vacuum_and_can_be_let_go(lake: Lake, reader: LakeReader) -> None:
     kept = publish(lake, DAY_1, prices(1, 7))
     lake.keep(kept.id)
@@ -169,9 +215,24 @@ def test_a_kept_release_survives_every_vacuum_and_can_be_let_go(lake: Lake, read
     assert files(lake) == set()
 
 
+def test_a_release_that_was_the_newest_within_the_retention_can_still_be_kept(
+    lake: Lake, reader: LakeReader, database_url: str
+) -> None:
+    """A run reads the newest release, which is old because nothing changed, and is overtaken before it keeps it."""
+    publish(lake, DAY_1, prices(1, 1))
+    pinned = publish(lake, DAY_1, prices(1, 2))
+    age(lake, database_url, 200)
+    newest = publish(lake, DAY_1, prices(1, 3))
+    report = maintenance.vacuum(lake)
+    assert pinned.id not in report.expired
+    assert lake.release(as_of=newest.released_at - timedelta(microseconds=1)).id == pinned.id
+    assert lake.keep(pinned.id).kept
+    assert reader.pin(pinned.id).query(ROWS).to_pylist() == [{"n": 2}]
+
+
 def test_releases_expire_by_age_but_the_newest_never(lake: Lake) -> None:
     for rows in range(1, 4):
         publish(lake, DAY_1, prices(1, rows))
-    expired = lake.expire(released_before=datetime.now(UTC) + timedelta(days=1))
+    expired = lake.expire(superseded_before=datetime.now(UTC) + timedelta(days=1))
     assert lake.release().id not in expired
     assert [release.id for release in lake.releases() if release.expired_at] == sorted(expired, reverse=True)

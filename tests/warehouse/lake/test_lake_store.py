@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import psycopg
@@ -364,8 +372,237 @@ def test_a_writer_waits_for_the_lock_no_longer_than_it_should(
     monkeypatch.setattr(store, "LOCK_TIMEOUT_SECONDS", 0.2)
     with psycopg.connect(database_url, autocommit=True) as other:
         other.execute("SELECT pg_advisory_lock(%s)", [store.COMMIT_LOCK])
-        with Lake(lake.storage.root, database_url) as waiting, pytest.raises(LakeBusyError, match="pg_locks"):
-            publish(waiting, PartitionWrite("spot_prices", DAY_1, prices(1, 1)))
+        with Lake(lake.storage.root, database_url) as waiting:
+            staged = waiting.stage("spot_prices", DAY_1, prices(1, 1))
+            with pytest.raises(LakeBusyError, match="pg_locks"):
+                waiting.publish([staged], run_id="test")
+            assert files(lake, "spot_prices") == []
+            other.execute("SELECT pg_advisory_unlock_all()")
+            with pytest.raises(LakeDataError, match="given to a publish that failed; stage the data again"):
+                waiting.publish([staged], run_id="test")
+            assert publish(waiting, PartitionWrite("spot_prices", DAY_1, prices(1, 1))).rows == 1
+
+
+def test_staged_files_are_published_once(lake: Lake, reader: LakeReader) -> None:
+    staged = lake.stage("spot_prices", DAY_1, prices(1, 3))
+    release = lake.publish([staged], run_id="test")
+    lake.discard(staged)
+    with pytest.raises(LakeDataError, match="already published"):
+        lake.publish([staged], run_id="test")
+    with pytest.raises(LakeDataError, match="already published"):
+        publish(lake, PartitionWrite("spot_prices", DAY_1, staged))
+    assert lake.release() == release
+    assert counts(reader) == [("2024-01-01", "us-east-1", 3)]
+
+
+def test_staged_files_are_used_up_by_a_publish_that_another_write_spoils(lake: Lake) -> None:
+    staged = lake.stage("spot_prices", DAY_2, prices(2, 3))
+    with pytest.raises(LakeDataError, match="outside the replaced partition"):
+        lake.publish([PartitionWrite("spot_prices", DAY_1, prices(3, 1)), staged], run_id="test")
+    assert files(lake, "spot_prices") == []
+    with lake.nothing_staged():
+        pass
+
+
+class Wire:
+    """Stands between a lake and Postgres, and lets something happen when a statement passes.
+
+    ``event`` comes when a message of the client holds ``statement``: ``before`` the server sees it, or ``after`` the
+    server has answered, with the answer still on its way. True from it cuts the connection there.
+    """
+
+    def __init__(
+        self, database_url: str, statement: bytes, *, moment: Literal["before", "after"], event: Callable[[], bool]
+    ) -> None:
+        host, _, port = database_url.rpartition("/")[0].rpartition("@")[2].partition(":")
+        self._server = (host, int(port))
+        self._statement, self._moment, self._event = statement, moment, event
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = database_url.replace(f"{host}:{port}", f"127.0.0.1:{self._listener.getsockname()[1]}")
+        self.happened = 0
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._threads.append(threading.Thread(target=self._carry, args=[client], daemon=True))
+                self._threads[-1].start()
+
+    def _carry(self, client: socket.socket) -> None:
+        due = False
+        with client, socket.create_connection(self._server) as server, suppress(OSError):
+            while True:
+                for ready in select.select([client, server], [], [])[0]:
+                    data = ready.recv(1 << 16)
+                    if not data:
+                        return
+                    if ready is client and self._statement in data and not self.happened:
+                        self.happened += 1
+                        due = True
+                    if due and (self._moment == "before" or ready is server):
+                        due = False
+                        if self._event():
+                            return
+                    (server if ready is client else client).sendall(data)
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+def terminate_writers(database_url: str) -> bool:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE application_name = 'cloudoptim lake writer' AND datname = current_database()"
+        )
+    return False
+
+
+def cut(_: str) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    ("statement", "moment", "event"),
+    [
+        (b"pg_advisory_unlock(", "before", terminate_writers),
+        (b"pg_advisory_unlock(", "before", cut),
+        (b"pg_advisory_unlock(", "after", cut),
+        (b"INSERT INTO lake_releases", "after", cut),
+        (b"INSERT INTO lake_releases", "after", terminate_writers),
+    ],
+    ids=["terminated before unlock", "cut before unlock", "unlock unanswered", "release unanswered", "terminated"],
+)
+def test_a_release_that_was_written_is_returned_and_its_files_stay(
+    lake: Lake,
+    reader: LakeReader,
+    database_url: str,
+    statement: bytes,
+    moment: Literal["before", "after"],
+    event: Callable[[str], bool],
+) -> None:
+    with (
+        Wire(database_url, statement, moment=moment, event=lambda: event(database_url)) as wire,
+        Lake(lake.storage.root, wire.url) as writer,
+    ):
+        release = publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 3)), run_id="lost")
+        assert wire.happened == 1
+        assert lake.release() == release
+        assert release.run_id == "lost"
+        assert counts(reader) == [("2024-01-01", "us-east-1", 3)]
+        publish(lake, PartitionWrite("spot_prices", DAY_2, prices(2, 1)))  # the lock is free
+        publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 4)))
+    assert counts(reader) == [("2024-01-01", "us-east-1", 4), ("2024-01-02", "us-east-1", 1)]
+
+
+def test_a_release_that_was_not_written_says_so_and_the_next_one_works(
+    lake: Lake, reader: LakeReader, database_url: str
+) -> None:
+    before = publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 3)))
+    with (
+        Wire(database_url, b"INSERT INTO lake_releases", moment="before", event=lambda: True) as wire,
+        Lake(lake.storage.root, wire.url) as writer,
+    ):
+        staged = writer.stage("spot_prices", DAY_1, prices(1, 5))
+        with pytest.raises(LakeError, match=r"run lost was published .*: nothing of it is visible; run it again"):
+            writer.publish([staged], run_id="lost")
+        writer.discard(staged)  # what a caller may do in its own clean-up
+        assert lake.release() == before
+        assert counts(reader) == [("2024-01-01", "us-east-1", 3)]
+        assert len(files(lake, "spot_prices")) == 2  # left to vacuum
+        publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 5)))
+    assert counts(reader) == [("2024-01-01", "us-east-1", 5)]
+
+
+def test_a_release_is_not_taken_for_that_of_another_writer(lake: Lake, reader: LakeReader, database_url: str) -> None:
+    """The session is lost before the INSERT arrives, and somebody publishes before the loser can look it up."""
+
+    def overtake() -> bool:
+        terminate_writers(database_url)
+        publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 7)), run_id="lost")
+        return True
+
+    with (
+        Wire(database_url, b"INSERT INTO lake_releases", moment="before", event=overtake) as wire,
+        Lake(lake.storage.root, wire.url) as writer,
+        pytest.raises(LakeError, match="nothing of it is visible"),
+    ):
+        publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 5)), run_id="lost")
+    assert counts(reader) == [("2024-01-01", "us-east-1", 7)]
+
+
+def test_an_interrupt_while_the_release_is_written_deletes_nothing(
+    lake: Lake, reader: LakeReader, database_url: str
+) -> None:
+    def interrupt() -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)  # the answer comes when the interrupt has been seen
+        return False
+
+    with (
+        Wire(database_url, b"INSERT INTO lake_releases", moment="after", event=interrupt) as wire,
+        Lake(lake.storage.root, wire.url) as writer,
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 3)), run_id="interrupted")
+        assert lake.release().run_id == "interrupted"
+        assert counts(reader) == [("2024-01-01", "us-east-1", 3)]
+        publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 4)))
+    assert counts(reader) == [("2024-01-01", "us-east-1", 4)]
+
+
+def test_a_refused_insert_leaves_readers_where_they_were(lake: Lake, reader: LakeReader, database_url: str) -> None:
+    publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 3)))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE lake_releases ADD CONSTRAINT refuse CHECK (run_id <> 'refused')")
+        with pytest.raises(psycopg.errors.CheckViolation):
+            publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 5)), run_id="refused")
+        assert counts(reader) == [("2024-01-01", "us-east-1", 3)]
+    publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 6)))
+    assert counts(reader) == [("2024-01-01", "us-east-1", 6)]
+
+
+def test_the_server_looks_for_a_writer_that_vanished(lake: Lake, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("""
+            CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                SELECT string_agg(current_setting(name), ' ' ORDER BY name) INTO NEW.note
+                FROM pg_settings WHERE name ^@ 'tcp_';
+                RETURN NEW;
+            END $$
+        """)
+        connection.execute("CREATE TRIGGER tell BEFORE INSERT ON lake_releases FOR EACH ROW EXECUTE FUNCTION tell()")
+    release = publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 1)))
+    assert release.note == "3 20 10 50000"  # count, idle s, interval s, user timeout ms
+
+
+@pytest.mark.timeout(30)
+def test_staging_fits_the_released_columns_and_does_not_wait_for_a_writer(lake: Lake, database_url: str) -> None:
+    """A dead writer added a column, and another thread of this process waits for the lake's lock."""
+    leave_behind(lake, "spot_prices", "add column")
+    from warehouse.lake import store
+
+    with psycopg.connect(database_url, autocommit=True) as other:
+        other.execute("SELECT pg_advisory_lock(%s)", [store.COMMIT_LOCK])
+        waiting = threading.Thread(target=lambda: publish(lake, PartitionWrite("spot_prices", DAY_2, prices(2, 1))))
+        waiting.start()
+        while not other.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone():
+            time.sleep(0.01)
+        with pytest.raises(LakeDataError, match="no column 'half_done'"):
+            lake.stage("spot_prices", DAY_1, prices(1, 1).with_columns(half_done=0.5))
+        staged = lake.stage("spot_prices", DAY_1, prices(1, 1))
+        other.execute("SELECT pg_advisory_unlock_all()")
+        waiting.join(20)
+    lake.publish([staged], run_id="test")
+    assert "half_done" not in pq.ParquetFile(files(lake, "spot_prices")[0]).schema_arrow.names
 
 
 def test_the_writer_survives_a_restart_of_its_sessions(lake: Lake, database_url: str) -> None:
