@@ -15,6 +15,9 @@ from warehouse.lake.maintenance import compact, vacuum
 # Agents may send again what is a day late; a week leaves time to mend a broken pipeline.
 RAW_KEPT = timedelta(days=7)
 LAKE_PARTITIONS_AHEAD = timedelta(days=3)
+# SQS keeps a message for two weeks at most and EventBridge repeats one for a day: by then nobody delivers it again. The
+# events themselves stay, here and in the lake; so does what is in quarantine, until somebody replays it.
+MESSAGES_KEPT = timedelta(days=30)
 
 
 @dg.asset(
@@ -46,6 +49,20 @@ def metric_retention(warehouse: Warehouse) -> dg.MaterializeResult:
     return dg.MaterializeResult(
         metadata={"days_dropped": dropped, "summaries_deleted": summaries, "batches_deleted": batches}
     )
+
+
+@dg.asset(
+    retry_policy=RETRY, group_name="maintenance", owners=OWNERS, kinds={"postgres"}, tags={"domain": "maintenance"}
+)
+def inbox_retention(warehouse: Warehouse) -> dg.MaterializeResult:
+    """Forgets messages that were handled or dropped longer ago than any source can repeat them."""
+    before = warehouse.now() - MESSAGES_KEPT
+    with warehouse.database.system() as connection:
+        deleted = connection.execute(
+            text("DELETE FROM inbox_messages WHERE outcome IN ('handled', 'dropped') AND received_at < :before"),
+            {"before": before},
+        ).rowcount
+    return dg.MaterializeResult(metadata={"messages_deleted": deleted})
 
 
 def droppable_before(today: date, oldest: date | None, covered: dict[str, coverage.Coverage]) -> date:
