@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -62,8 +62,14 @@ class Statement:
         return self.body == other.body
 
 
-def compute_statement(snapshot: Snapshot, customer_id: UUID, period: Period, fee_rate: Decimal) -> Statement | None:
-    """A customer's statement from the pinned release; None when the lake holds nothing of the period."""
+def compute_statement(
+    snapshot: Snapshot, customer_id: UUID, period: Period, fee_rate: Decimal, silent_days: Mapping[str, int]
+) -> Statement | None:
+    """A customer's statement from the pinned release; None when the lake holds nothing of the period.
+
+    Args:
+        silent_days: by cluster (UUID as text), days of the period of which the lake knows nothing, though it should.
+    """
     rows = snapshot.query(
         load_model("savings_statement").sql,
         {"customer_id": customer_id, "first_day": period.start, "last_day": period.end - timedelta(days=1)},
@@ -71,7 +77,37 @@ def compute_statement(snapshot: Snapshot, customer_id: UUID, period: Period, fee
     rows = [row for row in rows if row["baseline"] == BASELINE]
     if not rows:
         return None
+    for row in rows:
+        row["silent_days"] = silent_days.get(row["cluster_id"], 0)
+        row["hours_expected"] += 24 * row["silent_days"]
     return assemble(rows, fee_rate)
+
+
+_KNOWN_DAYS = """
+    SELECT cluster_id, min(day) AS first_day,
+           count(DISTINCT day) FILTER (WHERE day BETWEEN $first_day AND $last_day) AS known,
+           max(day) FILTER (WHERE day <= $last_day) AS newest_day
+    FROM savings_daily WHERE customer_id = CAST($customer_id AS VARCHAR) GROUP BY cluster_id
+"""
+
+
+def find_silent_days(snapshot: Snapshot, customer_id: UUID, period: Period, deleted: Collection[str]) -> dict[str, int]:
+    """Days from a cluster's first on that its agent said nothing of, within a period; by cluster.
+
+    A day without a word has no row in the lake at all. A deleted cluster (``deleted``, UUIDs as text) is expected to
+    its last day only.
+    """
+    last_day = period.end - timedelta(days=1)
+    found = snapshot.query(
+        _KNOWN_DAYS, {"customer_id": customer_id, "first_day": period.start, "last_day": last_day}
+    ).to_pylist()
+    silent = {}
+    for row in found:
+        until = row["newest_day"] if row["cluster_id"] in deleted else last_day
+        if until is not None and row["first_day"] <= last_day:
+            expected = (until - max(row["first_day"], period.start)).days + 1
+            silent[row["cluster_id"]] = max(expected - row["known"], 0)
+    return silent
 
 
 def assemble(rows: Sequence[dict[str, Any]], fee_rate: Decimal) -> Statement:
@@ -95,6 +131,7 @@ def assemble(rows: Sequence[dict[str, Any]], fee_rate: Decimal) -> Statement:
                 "hours_covered": row["hours_covered"],
                 "hours_expected": round(row["hours_expected"], 3),
                 "days": row["days"],
+                **({"silent_days": row["silent_days"]} if row["silent_days"] else {}),
             }
             for row in rows
         ],
@@ -123,7 +160,8 @@ def write_statements(warehouse: Warehouse, period: Period) -> list[str]:
 
 
 def _write(connection: Connection, snapshot: Snapshot, customer_id: UUID, period: Period) -> UUID | None:
-    statement = compute_statement(snapshot, customer_id, period, _fee_rate(connection, customer_id))
+    silent = find_silent_days(snapshot, customer_id, period, _deleted_clusters(connection, customer_id))
+    statement = compute_statement(snapshot, customer_id, period, _fee_rate(connection, customer_id), silent)
     if statement is None:
         return None
     # Two runs of one period must not both find revision n: the second waits here.
@@ -195,6 +233,11 @@ def _fee_rate(connection: Connection, customer_id: UUID) -> Decimal:
     return Decimal(str(value)) if value is not None else Decimal(0)
 
 
+def _deleted_clusters(connection: Connection, customer_id: UUID) -> set[str]:
+    query = text("SELECT id::text FROM clusters WHERE customer_id = :id AND status = 'deleted'")
+    return set(connection.execute(query, {"id": customer_id}).scalars())
+
+
 def recompute(warehouse: Warehouse, statement_id: UUID) -> Statement:
     """The same statement computed anew from the release it read; identical to what was stored, to the cent.
 
@@ -210,7 +253,9 @@ def recompute(warehouse: Warehouse, statement_id: UUID) -> Statement:
         raise LookupError(f"there is no savings statement {statement_id}")
     period = Period(row.period, row.period_start, row.period_end)
     snapshot = warehouse.reader.pin(row.lake_release_id)
-    again = compute_statement(snapshot, row.customer_id, period, Decimal(row.body["fee_rate"]))
+    # Which clusters were there is not the lake's to say: what was expected then is part of the statement.
+    silent = {cluster["cluster_id"]: cluster.get("silent_days", 0) for cluster in row.body["clusters"]}
+    again = compute_statement(snapshot, row.customer_id, period, Decimal(row.body["fee_rate"]), silent)
     if again is None:
         raise LookupError(f"release {row.lake_release_id} holds nothing of {period} of statement {statement_id}")
     return again
