@@ -32,11 +32,13 @@ def role_statements() -> list[str]:
         EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
         END $$"""
     # Granting a role one already has is an update of the same catalogue row: two migrations at once would collide.
+    # From Postgres 16 on, who creates a role without being a superuser may administer it, but not become it.
     grant = """
         DO $$ BEGIN
             IF NOT pg_has_role(current_user, '{role}', 'MEMBER') OR NOT EXISTS (
                 SELECT FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
                 WHERE r.rolname = '{role}' AND m.member = current_user::regrole
+                  AND coalesce(CAST(to_jsonb(m) ->> 'set_option' AS boolean), true)
             ) THEN
                 PERFORM pg_advisory_xact_lock(hashtext('cloudoptim.roles'));
                 EXECUTE 'GRANT {role} TO ' || quote_ident(current_user);

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Double, MetaData, Numeric, Table, create_engine, inspect, text
+from sqlalchemy.engine import make_url
 
+from control.embedded import EmbeddedPostgres, free_port
 from tests.warehouse.postgres.filling import fill
 from warehouse.postgres.migrate import alembic_config, assert_durable, downgrade, upgrade
 from warehouse.postgres.models import Base
@@ -151,3 +154,21 @@ def test_a_server_that_loses_commits_is_refused(database_url):
     separator = "&" if "?" in database_url else "?"
     with pytest.raises(RuntimeError, match="synchronous_commit"):
         assert_durable(f"{database_url}{separator}options=-csynchronous_commit%3Doff")
+
+
+def test_an_owner_who_is_no_superuser_can_migrate(server_folder):
+    """As on managed Postgres: a login that may create roles and owns its database."""
+    server = EmbeddedPostgres(server_folder / "managed", port=free_port()).start()
+    try:
+        with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+            connection.execute("CREATE ROLE landlord LOGIN CREATEROLE PASSWORD 'a-password-of-a-test'")
+            connection.execute("CREATE DATABASE managed OWNER landlord")
+        url = make_url(server.url("managed")).set(username="landlord", password="a-password-of-a-test")
+        address = url.render_as_string(hide_password=False)
+        upgrade(address)
+        database = SyncDatabase(address)
+        with database.system() as connection:
+            fill(connection)
+        database.close()
+    finally:
+        server.stop()
