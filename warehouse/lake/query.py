@@ -10,7 +10,8 @@ A view for each table reads the Parquet files of that table's pinned version; on
 planned anew. Filter by ``day`` (and ``region``): that skips files without opening them.
 
 Tenants: with ``customer_id`` among the parameters every tenant table shows that customer's rows only, whether the text
-filters or not. Without it tenant tables do not exist, unless ``all_customers=True`` says that all are meant.
+filters or not. Without it tenant tables do not exist, unless ``all_customers=True`` says that all are meant. The scope
+is a search path; it holds because a text that names a schema, a file or a function that reads one is refused first.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
@@ -46,12 +48,35 @@ if TYPE_CHECKING:
 
 # Releases whose views stay planned; a dashboard page pins one for a few minutes.
 PLANNED_RELEASES = 8
+# What unqualified names mean: every row, one customer's rows, only what belongs to nobody.
+SCOPES = ("all", "tenant", "shared")
 # Reader features of Delta that do not change what a Parquet file holds.
 HARMLESS_FEATURES = frozenset({"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint"})
 # Nodes of a parsed query that only read. DuckDB 2 parses COPY and INSERT inside WITH and still calls it a SELECT.
 READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-# Functions that run or write something given as text.
-REFUSED_FUNCTIONS = frozenset({"query", "enable_logging", "enable_profiling", "write_log", "truncate_duckdb_logs"})
+# Functions a text may read from. A list of what is allowed: DuckDB has a hundred others, and each of its releases adds
+# some, that run text, read files, write logs or reach a table by a name given as text.
+TABLE_FUNCTIONS = frozenset({"range", "generate_series", "unnest", "repeat", "repeat_row", "json_each", "json_tree"})
+# Functions of one value that run text, look outside or leave something behind.
+REFUSED_FUNCTIONS = frozenset(
+    {
+        "currval",
+        "getenv",
+        "json_execute_serialized_sql",
+        "nextval",
+        "query",
+        "query_table",
+        "read_blob",
+        "read_text",
+        "setseed",
+        "setval",
+        "write_log",
+    }
+)
+# A table's name. Anything else in its place is a file, or the unfiltered rows below a view (see ``_beneath``).
+_PLAIN_NAME = re.compile(r"\w+")
+# Texts whose parsed form is kept; a dashboard page has some thirty.
+KEPT_TEXTS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +204,11 @@ def _dataset(
     return pads.FileSystemDataset(fragments, nullable, file_format, lake.storage.filesystem)
 
 
+def _beneath(table: str) -> str:
+    """The name under which a cursor knows an Arrow dataset: one that no text can name."""
+    return f"{table} of everybody"
+
+
 def _select(plan: _Plan) -> str:
     """SQL that reads the plan's files with all columns in the table's order."""
     types = {field.name: duckdb_type(field.type) for field in plan.schema}
@@ -215,7 +245,9 @@ class LakeReader:
         self.limits = limits or Limits()
         self._guard = threading.Lock()
         self._plans: dict[tuple[str, int], _Plan] = {}
+        # Releases in the order of their last use; those with views stand in ``_viewed`` too.
         self._planned: OrderedDict[int, Mapping[str, int]] = OrderedDict()
+        self._viewed: set[int] = set()
         self._in_use: dict[int, int] = {}
         self._spill = tempfile.mkdtemp(prefix="cloudoptim-spill-")
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._spill, ignore_errors=True)
@@ -252,13 +284,20 @@ class LakeReader:
     def plan(self, release: Release) -> dict[str, _Plan]:
         """How to read every table of the release; listed anew only where the version moved."""
         with self._guard:
-            missing = [item for item in release.versions.items() if item not in self._plans]
+            plans = {item: self._plans[item] for item in release.versions.items() if item in self._plans}
+        missing = [item for item in release.versions.items() if item not in plans]
         if missing:
             # On S3 every table costs several round trips: list them side by side.
             with ThreadPoolExecutor(max_workers=8 if self.lake.storage.remote else 2) as pool:
-                for item, plan in zip(missing, pool.map(lambda i: plan_table(self.lake, *i), missing), strict=True):
-                    self._plans[item] = plan
-        return {table: self._plans[table, version] for table, version in release.versions.items()}
+                plans.update(zip(missing, pool.map(lambda i: plan_table(self.lake, *i), missing), strict=True))
+        with self._guard:
+            self._plans.update(plans)
+            self._planned[release.id] = release.versions
+            self._planned.move_to_end(release.id)
+            idle = [id_ for id_ in self._planned if id_ not in self._in_use]
+            for old in idle[: max(0, len(self._planned) - PLANNED_RELEASES)]:
+                self._forget(old)
+        return {table: plans[table, version] for table, version in release.versions.items()}
 
     def spec(self, table: str) -> TableSpec | None:
         """The table's declaration; None for a table that the code no longer declares."""
@@ -266,55 +305,75 @@ class LakeReader:
 
     @contextmanager
     def cursor(self, release: Release, scope: str, customer_id: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A DuckDB cursor whose unqualified names are the release's tables in one scope (all, tenant, shared)."""
+        """A DuckDB cursor whose unqualified names are the release's tables in one scope (all, tenant, shared).
+
+        Raises:
+            LakeError: the release's files cannot be opened.
+        """
         refuse_forked_child()
-        plans = self.plan(release)
         with self._guard:
             self._in_use[release.id] = self._in_use.get(release.id, 0) + 1
-            try:
-                if not self.lake.storage.remote:
-                    self._prepare(release, plans)
-            except BaseException:
-                self._in_use[release.id] -= 1
-                raise
-        cursor = self._db.cursor()
         try:
-            if self.lake.storage.remote:
-                self._register(cursor, plans, scope)
-            else:
-                cursor.execute(f"USE {scope}_{release.id}")
-            cursor.execute("SET VARIABLE customer_id = $c", {"c": customer_id})
-            yield cursor
+            plans = self.plan(release)
+            with ExitStack() as opened:
+                try:
+                    cursor = self._open(release, plans, scope, opened)
+                    cursor.execute("SET VARIABLE customer_id = $c", {"c": customer_id})
+                except duckdb.Error as error:
+                    raise LakeError(
+                        f"lake release {release.id} cannot be opened: {_first_lines(error)}; when its files can be "
+                        "read again, so can the release"
+                    ) from error
+                yield cursor
         finally:
-            cursor.close()
             with self._guard:
                 self._in_use[release.id] -= 1
+                if not self._in_use[release.id]:
+                    del self._in_use[release.id]
+
+    def _open(
+        self, release: Release, plans: Mapping[str, _Plan], scope: str, opened: ExitStack
+    ) -> duckdb.DuckDBPyConnection:
+        if self.lake.storage.remote:
+            cursor = opened.enter_context(closing(self._db.cursor()))
+            self._register(cursor, plans, scope)
+            return cursor
+        with self._guard:
+            if release.id not in self._viewed:
+                self._prepare(release, plans)
+        cursor = opened.enter_context(closing(self._db.cursor()))
+        cursor.execute(f"USE {scope}_{release.id}")
+        return cursor
 
     def _prepare(self, release: Release, plans: Mapping[str, _Plan]) -> None:
-        """Views of the release in three schemas; tables whose version another release planned are shared."""
-        if release.id in self._planned:
-            self._planned.move_to_end(release.id)
-            return
+        """Views of the release in three schemas; tables whose version another release planned are shared.
+
+        Binding a view opens files, which may fail: then nothing of the release stays, so that the next query begins
+        anew.
+        """
         db = self._db
-        db.execute("CREATE SCHEMA IF NOT EXISTS versions")
-        for scope in ("all", "tenant", "shared"):
-            db.execute(f"CREATE SCHEMA {scope}_{release.id}")
-        for table, version in release.versions.items():
-            base = f"versions.{_name(f'{table}_v{version}')}"
-            db.execute(f"CREATE VIEW IF NOT EXISTS {base} AS {_select(plans[table])}")
-            for scope, select in _scoped(self.spec(table), plans[table].schema, base).items():
-                db.execute(f"CREATE VIEW {scope}_{release.id}.{_name(table)} AS {select}")
-        self._planned[release.id] = release.versions
-        for old in [id_ for id_ in self._planned if not self._in_use.get(id_)][
-            : max(0, len(self._planned) - PLANNED_RELEASES)
-        ]:
-            self._forget(old)
+        try:
+            db.execute("CREATE SCHEMA IF NOT EXISTS versions")
+            for scope in SCOPES:
+                db.execute(f"CREATE SCHEMA {scope}_{release.id}")
+            for table, version in release.versions.items():
+                base = f"versions.{_name(f'{table}_v{version}')}"
+                db.execute(f"CREATE VIEW IF NOT EXISTS {base} AS {_select(plans[table])}")
+                for scope, select in _scoped(self.spec(table), plans[table].schema, base).items():
+                    db.execute(f"CREATE VIEW {scope}_{release.id}.{_name(table)} AS {select}")
+        except BaseException:
+            self._drop_schemas(release.id)
+            raise
+        self._viewed.add(release.id)
+
+    def _drop_schemas(self, release_id: int) -> None:
+        for scope in SCOPES:
+            self._db.execute(f"DROP SCHEMA IF EXISTS {scope}_{release_id} CASCADE")
+        self._viewed.discard(release_id)
 
     def _forget(self, release_id: int) -> None:
         versions = self._planned.pop(release_id)
-        self._in_use.pop(release_id, None)
-        for scope in ("all", "tenant", "shared"):
-            self._db.execute(f"DROP SCHEMA {scope}_{release_id} CASCADE")
+        self._drop_schemas(release_id)
         alive = {item for other in self._planned.values() for item in other.items()}
         for table, version in versions.items():
             if (table, version) not in alive:
@@ -324,11 +383,10 @@ class LakeReader:
     def _register(self, cursor: duckdb.DuckDBPyConnection, plans: Mapping[str, _Plan], scope: str) -> None:
         """Temporary views over Arrow datasets, which live on one cursor."""
         for table, plan in plans.items():
-            base = f"dataset_{table}"
-            if plan.dataset is None:
-                base = f"({_select(plan)})"
-            else:
-                cursor.register(base, plan.dataset)
+            base = f"({_select(plan)})"
+            if plan.dataset is not None:
+                base = _name(_beneath(table))
+                cursor.register(_beneath(table), plan.dataset)
             select = _scoped(self.spec(table), plan.schema, base).get(scope)
             if select:
                 cursor.execute(f"CREATE TEMPORARY VIEW {_name(table)} AS {select}")
@@ -385,7 +443,8 @@ class Snapshot:
         ``inputs`` are frames the text may read as tables of those names, beside the lake's.
 
         Raises:
-            TenantScopeError: the text reads tenant data, and neither ``customer_id`` nor ``all_customers`` is given.
+            TenantScopeError: the text reads tenant data, and neither ``customer_id`` nor ``all_customers`` is given; or
+                it names a schema without ``all_customers``.
             LakeQueryError: the text is not one reading statement, is wrong, too slow or too large.
         """
         seconds = self.reader.limits.statement_seconds
@@ -428,8 +487,8 @@ class Snapshot:
     def ask(self, sql: str, *, customer_id: str | None = None) -> Iterator[pa.RecordBatchReader]:
         """Stream the answer to text an operator typed (``cloudoptim lake sql``), in a DuckDB locked to this release.
 
-        ``customer_id`` narrows the tables for convenience. It is no wall: typed text may still name the allowed files,
-        so never pass a customer's own text.
+        ``customer_id`` narrows the tables for convenience. Only the check of the text stands between it and the files
+        of all customers, so never pass a customer's own text.
 
         Raises:
             LakeQueryError: the text does more than read, reads anything but the lake, is wrong, too slow or too large.
@@ -468,7 +527,12 @@ class Snapshot:
             )
         if customer_id is not None and all_customers:
             raise TenantScopeError("customer_id and all_customers=True contradict each other; give one of them")
-        statement, names = reading_statement(sql)
+        reading = _read(sql)
+        if not all_customers and reading.qualified is not None:
+            raise TenantScopeError(
+                f"{reading.qualified} names a schema; name lake tables alone, so that they show what the query may see"
+            )
+        statement, names = reading.statement, reading.parameters
         if customer_id is not None:
             given["customer_id"] = str(customer_id)
         missing = sorted(names - given.keys())
@@ -492,12 +556,27 @@ class Snapshot:
                 raise _explained(error, self.reader, scope) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A text that only reads, its parameters, and a table in it that is named with a schema."""
+
+    statement: str
+    parameters: frozenset[str]
+    qualified: str | None
+
+
 def reading_statement(sql: str) -> tuple[str, set[str]]:
     """The text of the one reading statement in ``sql`` and the names of its parameters.
 
     Raises:
-        LakeQueryError: there are several statements, or something in it does more than read.
+        LakeQueryError: there are several statements, or something in it does more than read tables.
     """
+    reading = _read(sql)
+    return reading.statement, set(reading.parameters)
+
+
+@lru_cache(maxsize=KEPT_TEXTS)
+def _read(sql: str) -> _Reading:
     try:
         statements = duckdb.extract_statements(sql)
     except duckdb.Error as error:
@@ -509,16 +588,19 @@ def reading_statement(sql: str) -> tuple[str, set[str]]:
         raise LakeQueryError(
             f"only reading is allowed here (SELECT, WITH, FROM, VALUES, DESCRIBE, SUMMARIZE), not {statement.type.name}"
         )
-    _refuse_writing(statement.query)
-    return statement.query, set(statement.named_parameters)
+    qualified = _refuse_writing(statement.query)
+    return _Reading(statement.query, frozenset(statement.named_parameters), qualified)
 
 
 # One instance only parses: it sees no file and no table.
 _PARSER = threading.local()
 
 
-def _refuse_writing(sql: str) -> None:
-    """Refuse what hides inside a SELECT: DuckDB 2 runs ``WITH x AS (COPY … TO 'file') SELECT …`` as one."""
+def _refuse_writing(sql: str) -> str | None:
+    """Refuse what hides inside a SELECT: DuckDB 2 runs ``WITH x AS (COPY … TO 'file') SELECT …`` as one.
+
+    Returns a table that is named with a schema or catalog, if there is one.
+    """
     if not hasattr(_PARSER, "db"):
         _PARSER.db = duckdb.connect(":memory:", config={"enable_external_access": False, "threads": 1})
     tree = msgspec.json.decode(_PARSER.db.execute("SELECT json_serialize_sql($sql)", {"sql": sql}).fetchall()[0][0])
@@ -526,6 +608,7 @@ def _refuse_writing(sql: str) -> None:
         raise LakeQueryError(
             f"only plain reading statements are allowed here: {tree.get('error_message', 'not a SELECT')}"
         )
+    qualified: str | None = None
     stack: list[Any] = [tree]
     while stack:
         node = stack.pop()
@@ -536,10 +619,39 @@ def _refuse_writing(sql: str) -> None:
             if isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES:
                 what = kind.removesuffix("_NODE").removesuffix("_QUERY")
                 raise LakeQueryError(f"only reading is allowed here; the text contains {what}")
-            function = node.get("function_name")
-            if isinstance(function, str) and function.lower() in REFUSED_FUNCTIONS:
-                raise LakeQueryError(f"function {function} is not allowed in lake queries")
+            _refuse_function(node)
+            qualified = _named_with_schema(node) or qualified
             stack.extend(node.values())
+    return qualified
+
+
+def _refuse_function(node: Mapping[str, Any]) -> None:
+    if node.get("type") == "TABLE_FUNCTION":
+        name = node["function"].get("function_name")
+        if not isinstance(name, str) or name.lower() not in TABLE_FUNCTIONS:
+            raise LakeQueryError(
+                f"reading from function {name} is not allowed in lake queries; allowed are "
+                f"{', '.join(sorted(TABLE_FUNCTIONS))}"
+            )
+    name = node.get("function_name")
+    if isinstance(name, str) and name.lower() in REFUSED_FUNCTIONS:
+        raise LakeQueryError(f"function {name} is not allowed in lake queries")
+
+
+def _named_with_schema(node: Mapping[str, Any]) -> str | None:
+    """The table's or listing's name if it has a schema; None for what has none.
+
+    Raises:
+        LakeQueryError: a file stands in the table's place.
+    """
+    kind = node.get("type")
+    if kind not in ("BASE_TABLE", "SHOW_REF"):
+        return None
+    table = node["table_name"].strip('"')  # SHOW TABLES asks for "tables", with the quotes
+    if table and not _PLAIN_NAME.fullmatch(table):
+        raise LakeQueryError(f"{table!r} is no table; lake queries read tables, not files")
+    path = [node["catalog_name"], node["schema_name"], table]
+    return ".".join(filter(None, path)) if any(path[:2]) else None
 
 
 @contextmanager
@@ -613,8 +725,8 @@ def restricted(
             for table, plan in plans.items():
                 base = f"({_select(plan)})"
                 if plan.dataset is not None:
-                    base = f"dataset_{table}"
-                    db.register(base, plan.dataset)
+                    base = _name(_beneath(table))
+                    db.register(_beneath(table), plan.dataset)
                 elif plan.groups:
                     files.extend(plan.uris)
                 select = _scoped(snapshot.reader.spec(table), plan.schema, base)[scope]

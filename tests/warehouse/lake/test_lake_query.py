@@ -111,6 +111,39 @@ def test_threads_with_different_customers_never_see_each_other(two_customers: La
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT count(*) FROM all_{release}.node_hours",
+        "SELECT count(*) FROM memory.all_{release}.node_hours",
+        'SELECT count(*) FROM versions."node_hours_v{version}"',
+        "SELECT (SELECT count(*) FROM all_{release}.node_hours)",
+        "WITH h AS (SELECT * FROM all_{release}.node_hours) SELECT count(*) FROM h",
+        "SUMMARIZE all_{release}.node_hours",
+        "SHOW TABLES FROM all_{release}",
+        "SELECT count(*) FROM query_table('all_{release}.node_hours')",
+        "SELECT count(*) FROM read_parquet('{root}/node_hours/**/*.parquet')",
+        "SELECT count(*) FROM '{root}/node_hours/**/*.parquet'",
+        "WITH \"{root}/node_hours/**/*.parquet\" AS (SELECT * FROM '{root}/node_hours/**/*.parquet') SELECT 1",
+        "SELECT * FROM glob('{root}/**')",
+        "SELECT * FROM parquet_metadata('{root}/node_hours/**/*.parquet')",
+    ],
+)
+def test_no_text_leaves_the_scope_of_its_customer(two_customers: Lake, reader: LakeReader, text: str) -> None:
+    page = reader.pin()
+    page.query("SELECT 1", all_customers=True)
+    release = page.release
+    text = text.format(release=release.id, version=release.versions["node_hours"], root=two_customers.storage.root)
+    for parameters in ({"customer_id": CUSTOMER_A}, {}):
+        with pytest.raises(LakeQueryError, match=r"names a schema|not allowed|is no table"):
+            page.query(text, parameters)
+        with (
+            pytest.raises(LakeQueryError, match=r"names a schema|not allowed|is no table"),
+            page.stream(text, parameters) as rows,
+        ):
+            rows.read_all()
+
+
+@pytest.mark.parametrize(
     ("text", "parameters", "message"),
     [
         ("SELECT $since", {}, r"names \$since, but no such parameter"),
@@ -164,6 +197,29 @@ WRITING = [
     "WITH a AS (DELETE FROM spot_prices RETURNING *) SELECT * FROM a",
     "SELECT * FROM enable_logging(storage = 'file', storage_path = '{folder}')",
     "SELECT * FROM enable_profiling(format = 'json', save_location = '{target}')",
+    "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('COPY (SELECT 1) TO ''{target}'''))",
+    "SELECT * FROM JSON_EXECUTE_SERIALIZED_SQL('{{}}')",
+    "SELECT * FROM system.main.json_execute_serialized_sql('{{}}')",
+    "SELECT (SELECT count(*) FROM json_execute_serialized_sql('{{}}'))",
+    "DESCRIBE SELECT * FROM json_execute_serialized_sql('{{}}')",
+    "SELECT json_execute_serialized_sql('{{}}')",
+    "SELECT * FROM query_table('spot_prices')",
+    "SELECT * FROM histogram_values(spot_prices, price_usd_per_hour)",
+    "SELECT * FROM checkpoint()",
+    "SELECT * FROM force_checkpoint()",
+    "SELECT * FROM register_external_resource('a', 'b')",
+    "SELECT * FROM destroy_external_resource('a')",
+    "SELECT * FROM read_parquet('{target}')",
+    "SELECT * FROM parquet_metadata('{target}')",
+    "SELECT * FROM '{target}'",
+    "WITH \"{target}\" AS (SELECT * FROM '{target}') SELECT 1",
+    "SHOW '{target}'",
+    "SUMMARIZE '{target}'",
+    "SELECT * FROM duckdb_settings()",
+    "SELECT getenv('HOME')",
+    "SELECT read_text('{target}')",
+    "SELECT write_log('x')",
+    "SELECT nextval('x')",
 ]
 
 
@@ -183,10 +239,13 @@ def test_text_that_does_more_than_read_is_refused_before_it_runs(tmp_path: Path,
         "DESCRIBE spot_prices",
         "SUMMARIZE spot_prices",
         "SHOW TABLES",
+        "SHOW spot_prices",
         "WITH RECURSIVE n AS (SELECT 1 AS i UNION ALL SELECT i + 1 FROM n WHERE i < 3) SELECT * FROM n",
         "SELECT * FROM (SELECT 1) UNION ALL SELECT 2 ORDER BY 1 LIMIT 1",
         "PIVOT (SELECT 1 AS a, 2 AS b) ON a IN (1) USING sum(b)",
         "SELECT x.a, y.b FROM (SELECT 1 a) x ASOF JOIN (SELECT 1 a, 2 b) y ON x.a >= y.a",
+        "SELECT * FROM range(3) AS n(i), generate_series(1, 2), unnest([1, 2])",
+        "SELECT j.key FROM (SELECT '{\"a\": 1}' AS text) t, json_each(t.text) j",
     ],
 )
 def test_text_that_only_reads_runs(still_reader: LakeReader, text: str) -> None:
@@ -235,7 +294,7 @@ def test_a_persons_text_streams_and_may_be_held_to_one_customer(two_customers: L
         ("SELECT $since", "has no parameters"),
         ("SELECT nothing FROM node_hours", "nothing"),
         ("SELECT * FROM nowhere", "no table nowhere"),
-        ("SELECT * FROM read_text('/etc/passwd')", "disabled by configuration"),
+        ("SELECT * FROM read_text('/etc/passwd')", "read_text is not allowed"),
     ):
         with pytest.raises(LakeQueryError, match=message), reader.pin().ask(text) as rows:
             rows.read_all()
@@ -275,6 +334,31 @@ def test_old_releases_are_forgotten_and_planned_again_when_asked_for(lake: Lake,
         for rows, release in enumerate(releases, start=1):
             assert reader.pin(release.id).query("SELECT count(*) AS n FROM spot_prices").to_pylist() == [{"n": rows}]
     assert len(reader._planned) <= PLANNED_RELEASES
+
+
+def test_a_release_whose_file_was_away_is_read_when_the_file_is_back(lake: Lake, reader: LakeReader) -> None:
+    publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, 3)))
+    (file,) = Path(lake.storage.uri("spot_prices")).glob("**/*.parquet")
+    hidden = file.rename(file.with_suffix(".hidden"))
+    page = reader.pin()
+    for _ in range(2):
+        with pytest.raises(LakeError, match=rf"release {page.release.id} cannot be opened: .*{file.name}"):
+            page.query("SELECT count(*) AS n FROM spot_prices")
+    hidden.rename(file)
+    assert page.query("SELECT count(*) AS n FROM spot_prices").to_pylist() == [{"n": 3}]
+
+
+def test_a_persons_text_overwrites_no_file(two_customers: Lake, reader: LakeReader) -> None:
+    page = reader.pin()
+    file = Path(reader.plan(page.release)["node_hours"].uris[0])
+    before = file.read_bytes()
+    with duckdb.connect() as db:
+        inner = f"COPY (SELECT 1 AS a) TO '{file}' (FORMAT parquet, USE_TMP_FILE false)"
+        tree = db.execute("SELECT json_serialize_sql($sql)", {"sql": f"WITH x AS ({inner}) FROM x"}).fetchall()[0][0]
+    text = "SELECT * FROM json_execute_serialized_sql('{}')".format(tree.replace("'", "''"))
+    with pytest.raises(LakeQueryError, match="json_execute_serialized_sql is not allowed"), page.ask(text) as rows:
+        rows.read_all()
+    assert file.read_bytes() == before
 
 
 def test_only_tables_whose_version_moved_are_listed_again(

@@ -19,7 +19,7 @@ from tests.warehouse.lake.lake_rows import CUSTOMER_A, CUSTOMER_B, node_costs, n
 from warehouse.lake import maintenance
 from warehouse.lake.computed import parse_model, run_model
 from warehouse.lake.errors import LakeQueryError, TenantScopeError
-from warehouse.lake.query import LakeReader, Limits, restricted
+from warehouse.lake.query import PLANNED_RELEASES, LakeReader, Limits, restricted
 from warehouse.lake.store import Lake, PartitionWrite
 
 DAY_1 = {"day": "2024-01-01", "region": "us-east-1"}
@@ -95,6 +95,26 @@ def test_customers_stay_apart_on_s3(lake: Lake, reader: LakeReader) -> None:
     assert reader.query(joined, all_customers=True).to_pylist() == [{"n": 34}]
     with pytest.raises(TenantScopeError):
         reader.query(joined)
+    for text in (
+        "SELECT count(*) FROM dataset_node_hours",
+        'SELECT count(*) FROM "node_hours of everybody"',
+        "SELECT count(*) FROM temp.main.node_hours",
+        "SELECT count(*) FROM query_table('node_hours of everybody')",
+    ):
+        with pytest.raises(LakeQueryError):
+            reader.query(text, {"customer_id": CUSTOMER_B})
+
+
+def test_a_reader_forgets_old_releases_on_s3(lake: Lake, reader: LakeReader) -> None:
+    releases = [
+        publish(lake, PartitionWrite("spot_prices", DAY_1, prices(1, rows))) for rows in range(1, PLANNED_RELEASES + 4)
+    ]
+    for _ in range(2):
+        for rows, release in enumerate(releases, start=1):
+            assert reader.pin(release.id).query("SELECT count(*) AS n FROM spot_prices").to_pylist() == [{"n": rows}]
+    assert len(reader._planned) == PLANNED_RELEASES
+    assert len(reader._plans) == len(releases[-1].versions) - 1 + PLANNED_RELEASES
+    assert not reader._in_use
 
 
 def test_models_and_asof_joins_run_on_s3(lake: Lake, reader: LakeReader) -> None:
