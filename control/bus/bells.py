@@ -70,8 +70,9 @@ class Bells:
     def __init__(self, redis_url: str) -> None:
         self._client: redis.Redis = redis.Redis.from_url(
             redis_url,
-            socket_timeout=RING_TIMEOUT_SECONDS,
-            socket_connect_timeout=RING_TIMEOUT_SECONDS,
+            # Not a socket time-out: redis-py keeps it with wait_for, which loses a cancel before Python 3.12.
+            socket_timeout=None,
+            socket_connect_timeout=None,
             max_connections=16,
         )
         # A blocked read is normal here: no read time-out, pings find a dead peer.
@@ -93,7 +94,8 @@ class Bells:
         if time.monotonic() < self._silent_until:
             return False
         try:
-            await self._client.publish(_channel(topic, *ids), b"1")
+            async with asyncio.timeout(RING_TIMEOUT_SECONDS):
+                await self._client.publish(_channel(topic, *ids), b"1")
         except (RedisError, OSError, TimeoutError) as error:
             self._silent_until = time.monotonic() + RING_PAUSE_AFTER_FAILURE_SECONDS
             log.warning("bell.lost", topic=topic, error=type(error).__name__)

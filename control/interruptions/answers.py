@@ -96,3 +96,15 @@ def read(error: AwsError) -> Reading:
     else:
         meaning = Meaning.UNKNOWN
     return Reading(meaning, code, error.message[:500])
+
+
+def of_a_retry(reading: Reading) -> Reading:
+    """What the same error means when an earlier call with this token may have launched.
+
+    Only EC2's word about capacity says that the token has no instance. A right that is gone by now, credentials that
+    cannot be had, or a request that is refused for another reason say nothing about the call before.
+    """
+    silent = reading.meaning is Meaning.DENIED or (
+        reading.meaning is Meaning.REFUSED and reading.code not in CAPACITY_CODES
+    )
+    return Reading(Meaning.UNKNOWN, reading.code, reading.message) if silent else reading

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control.agents.repository import NewTask, create_tasks
 from control.interruptions import closing_repository, metrics, repository
 from control.interruptions.closing_repository import Ended
-from control.interruptions.policies import NodeFacts
+from control.interruptions.policies import SOFT_KINDS, NodeFacts
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Batch, Ingested, drain_task
 from control.interruptions.states import (
@@ -137,7 +137,9 @@ async def begin_waiting_drains(runtime: Runtime) -> int:
         changes: list[dict[str, Any]] = []
         history: list[dict[str, Any]] = []
         for row in rows:
-            deadline = max(row.deadline_at, now + PRE_SPIN_DRAIN_LEAD)
+            # An announced end does not move; only a node that may live on gets the time it needs.
+            soft = EventKind(row.kind) in SOFT_KINDS
+            deadline = max(row.deadline_at, now + PRE_SPIN_DRAIN_LEAD) if soft else row.deadline_at
             changes.append({"id": row.id, "version": row.version + 1, "deadline_at": deadline})
             kept = _kept(row.kind, row.launch)
             alive = row.node_id is not None and row.terminated_at is None and not kept

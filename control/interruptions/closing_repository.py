@@ -47,7 +47,7 @@ _ENDED = text("""
            t.finished_at AS drained_at, l.state AS launch, a.launched_at, a.ready_at,
            a.instance_id AS replacement_instance_id
     FROM interruptions i
-    LEFT JOIN agent_tasks t ON t.interruption_id = i.id AND t.task_type = 'drain_node'
+    LEFT JOIN agent_tasks t ON t.interruption_id = i.id AND t.dedupe_key = 'drain:' || i.id
     LEFT JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
     LEFT JOIN LATERAL (SELECT * FROM launch_attempts a WHERE a.intent_id = l.id ORDER BY attempt_no DESC LIMIT 1) a
         ON true
@@ -99,14 +99,19 @@ _WAITING = text("""
     JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
     JOIN clusters c ON c.id = i.cluster_id
     LEFT JOIN nodes n ON n.cluster_id = i.cluster_id AND n.instance_id = i.instance_id
-    WHERE i.state = 'open' AND i.drain_pending AND l.state IN ('ready', 'exhausted', 'cancelled')
+    WHERE i.state = 'open' AND i.drain_pending
+      AND (l.state IN ('ready', 'exhausted', 'cancelled')
+           OR now() > i.deadline_at - CASE i.kind WHEN 'scheduled_change' THEN interval '15 minutes'
+                                                  WHEN 'rebalance_recommendation' THEN NULL
+                                                  ELSE interval '1 minute' END)
     ORDER BY i.id LIMIT :limit
     FOR UPDATE OF i SKIP LOCKED
 """)
 
 
 async def waiting_drains(conn: AsyncConnection, *, limit: int) -> list[Any]:
-    """Interruptions under policy ``pre_spin`` whose replacement is Ready, or will not come; locked."""
+    """Interruptions under policy ``pre_spin`` whose replacement is Ready or will not come; locked. A minute before an
+    announced end, or when the maintenance begins, the drain waits no longer."""
     return list(await conn.execute(_WAITING, {"limit": limit}))
 
 

@@ -273,14 +273,14 @@ async def lock_batch(conn: AsyncConnection, batch_id: UUID) -> tuple[BatchRow, l
 _CALLED = text("""
     UPDATE launch_batches SET calls = calls + 1, first_called_at = coalesce(first_called_at, now())
     WHERE id = :id AND state IN ('calling', 'unknown') AND lease_epoch = :lease_epoch
-    RETURNING id
+    RETURNING calls
 """)
 
 
-async def note_call(conn: AsyncConnection, batch: BatchRow) -> bool:
-    """Count a call before it is made; False when the batch is not ours any more."""
+async def note_call(conn: AsyncConnection, batch: BatchRow) -> int:
+    """Count a call before it is made; returns which one it is (from 1), or 0 when the batch is not ours any more."""
     result = await conn.execute(_CALLED, {"id": batch.id, "lease_epoch": batch.lease_epoch})
-    return result.one_or_none() is not None
+    return result.scalar_one_or_none() or 0
 
 
 _UPDATE_BATCH = text("""
@@ -490,9 +490,26 @@ async def ready_attempts(conn: AsyncConnection, *, limit: int) -> list[Any]:
     return list(await conn.execute(_READY, {"limit": limit}))
 
 
+_OVERTAKEN = text("""
+    SELECT DISTINCT a.intent_id FROM launch_attempts a
+    JOIN interruptions i ON i.customer_id = a.customer_id AND i.instance_id = a.instance_id
+    JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
+    WHERE a.intent_id = ANY(:ids) AND l.id <> a.intent_id
+""")
+
+
+async def overtaken_intents(conn: AsyncConnection, ids: Sequence[UUID]) -> set[UUID]:
+    """Intents of which a replacement has an interruption with a launch of its own: one lost node, one launch (C-27)."""
+    return set((await conn.execute(_OVERTAKEN, {"ids": list(ids)})).scalars())
+
+
 _NEVER_READY = text("""
     SELECT a.intent_id FROM launch_attempts a
+    JOIN launch_batches b ON b.id = a.batch_id
+    JOIN clusters c ON c.id = b.cluster_id
     WHERE a.state IN ('launched', 'adopted') AND a.launched_at < now() - make_interval(secs => :seconds)
+      -- Who did not hear from the agent does not know that the node is not Ready.
+      AND c.last_seen_at > now() - interval '2 minutes'
       AND NOT EXISTS (SELECT FROM nodes n WHERE n.customer_id = a.customer_id AND n.instance_id = a.instance_id
                         AND n.status IN ('ready', 'cordoned') AND n.terminated_at IS NULL)
     ORDER BY a.launched_at LIMIT :limit

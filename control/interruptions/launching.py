@@ -224,6 +224,7 @@ class Launcher:
             standings = await launch_repository.standings(conn, cluster.customer_id, cluster.region)
             locked = await launch_repository.lock_intents(conn, [intent.id for intent in intents])
             attempts = await launch_repository.attempts_of(conn, list(locked))
+            overtaken = await launch_repository.overtaken_intents(conn, list(locked))
             planned: list[_Planned] = []
             moves = _Moves(self.runtime.db.now())
             for claimed in intents:
@@ -232,6 +233,10 @@ class Launcher:
                 if row is None or row.lease_epoch != claimed.lease_epoch:
                     continue
                 state = _intent(row, attempts[row.id])
+                if row.id in overtaken:
+                    reason = "its replacement was interrupted too, and is replaced for that interruption"
+                    moves.move(row, attempts[row.id], state, Cancel(reason))
+                    continue
                 if state.state is IntentState.BLOCKED:
                     state, _ = apply_launch(state, Unblocked())
                 template = templates[row.id]
@@ -524,12 +529,13 @@ class Launcher:
     async def call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
         """Send a frozen request, once, and record what became of it."""
         async with self.runtime.db.system() as conn:
-            if not await launch_repository.note_call(conn, batch):
+            calls = await launch_repository.note_call(conn, batch)
+            if not calls:
                 return
         async with self._heartbeat(partial(launch_repository.keep_batch, batch=batch)):
-            await self._call(batch, cluster)
+            await self._call(batch, cluster, first=calls == 1)
 
-    async def _call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
+    async def _call(self, batch: BatchRow, cluster: ClusterFacts, *, first: bool) -> None:
         try:
             credentials = await self.credentials(cluster)
             answer = await self.runtime.aws.call(
@@ -542,7 +548,8 @@ class Launcher:
         except AwsError as error:
             if error.code in answers.EXPIRED_CODES and cluster.role_arn:
                 self.runtime.aws.forget(Role(cluster.customer_id, cluster.role_arn, cluster.external_id))
-            await self.record(batch, answers.read(error))
+            reading = answers.read(error)
+            await self.record(batch, reading if first else answers.of_a_retry(reading))
             return
         instances = sorted(
             answer.get("Instances", []), key=lambda item: (item.get("AmiLaunchIndex", 0), item["InstanceId"])

@@ -101,6 +101,10 @@ class Act(StrEnum):
     INTERRUPT = "interrupt"
 
 
+# Signals after which the instance may live on, and be ended by another one.
+SOFT_KINDS = frozenset({EventKind.REBALANCE_RECOMMENDATION, EventKind.SCHEDULED_CHANGE})
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """``reason`` is stored as the event's ``action_taken``. The rest is set when ``act`` is interrupt or unmatched."""
@@ -157,7 +161,7 @@ def decide(
     return Decision(
         Act.INTERRUPT,
         reason,
-        key=interruption_key(instance_id, action, event.occurred_at),
+        key=interruption_key(event, instance_id, action),
         action=action,
         deadline_at=deadline,
         # Where the group itself launches the replacement there is none of ours to wait for.
@@ -170,11 +174,15 @@ def decide(
     )
 
 
-def interruption_key(instance_id: str, action: InterruptionAction, occurred_at: datetime) -> str:
-    """An instance is terminated once, whoever tells us; it can be stopped or hibernated again."""
+def interruption_key(event: ParsedEvent, instance_id: str, action: InterruptionAction) -> str:
+    """An instance is terminated once, whoever tells us; it can be stopped or hibernated again. A recommendation, or a
+    maintenance of a certain moment, is not its end: the end may be announced after it."""
+    if event.kind in SOFT_KINDS:
+        moment = f"@{event.starts_at:%Y-%m-%dT%H:%MZ}" if event.starts_at else ""
+        return f"{instance_id}@{event.kind.value}{moment}"
     if action is InterruptionAction.TERMINATE:
         return instance_id
-    return f"{instance_id}@{occurred_at:%Y-%m-%dT%H:%MZ}"
+    return f"{instance_id}@{event.occurred_at:%Y-%m-%dT%H:%MZ}"
 
 
 def _nobodys(event: ParsedEvent, instance_id: str, now: datetime) -> Decision:
@@ -185,7 +193,7 @@ def _nobodys(event: ParsedEvent, instance_id: str, now: datetime) -> Decision:
     return Decision(
         Act.UNMATCHED,
         "waiting for its node to register",
-        key=interruption_key(instance_id, action, event.occurred_at),
+        key=interruption_key(event, instance_id, action),
         action=action,
         deadline_at=_deadline(event, action, now),
         answers_hook=event.kind is EventKind.ASG_TERMINATE,
@@ -201,7 +209,7 @@ def _state_change(event: ParsedEvent, instance_id: str, node: NodeFacts, gone: b
     return Decision(
         Act.INTERRUPT,
         "ending without a warning",
-        key=interruption_key(instance_id, action, event.occurred_at),
+        key=interruption_key(event, instance_id, action),
         action=action,
         deadline_at=now if gone else now + SHUTDOWN_LEAD,
         wants_drain=not gone,

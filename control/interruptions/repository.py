@@ -171,7 +171,8 @@ _CONTEXT = text(f"""
     WITH locked AS (
         SELECT {_COLUMNS} FROM interruptions
         WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
-          AND (state <> 'closed' OR interruption_key = ANY(:keys) OR closed_at > now() - interval '1 hour')
+          AND (state <> 'closed' OR interruption_key = ANY(:keys) OR closed_at > now() - interval '1 hour'
+               OR instance_action = 'terminate')
         ORDER BY id FOR UPDATE
     ), nodes_found AS ({_NODES_SQL}
     ), earlier AS (
@@ -437,6 +438,19 @@ async def lock_unmatched(conn: AsyncConnection, ids: Sequence[UUID]) -> list[Int
 async def insert_outbox(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Events for the bus, told after the commit."""
     await insert_rows(conn, "outbox", rows, order="id")
+
+
+_RETIRE = text("""
+    UPDATE agent_tasks SET dedupe_key = dedupe_key || ':' || id
+    WHERE interruption_id = ANY(:ids) AND dedupe_key = 'drain:' || interruption_id
+      AND state IN ('failed', 'refused', 'expired')
+""")
+
+
+async def retire_drains(conn: AsyncConnection, interruption_ids: Sequence[UUID]) -> None:
+    """Give up the keys of drains that failed, so that a more urgent word about their nodes may try again."""
+    if interruption_ids:
+        await conn.execute(_RETIRE, {"ids": list(interruption_ids)})
 
 
 _SHORTEN = text("""

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -35,6 +35,7 @@ from control.interruptions.parsing import (
     parse,
 )
 from control.interruptions.policies import (
+    SOFT_KINDS,
     Act,
     Decision,
     NodeFacts,
@@ -347,7 +348,7 @@ class Batch:
             if isinstance(outcome, ParsedEvent):
                 instance_ids.update(outcome.instance_ids)
                 stopped = InterruptionAction.STOP
-                keys.update(interruption_key(i, stopped, outcome.occurred_at) for i in outcome.instance_ids)
+                keys.update(interruption_key(outcome, i, stopped) for i in outcome.instance_ids)
         context = await repository.read_context(
             conn,
             customer_id,
@@ -541,7 +542,9 @@ class Batch:
         )
         if not alone:
             raise _Raced
-        await create_tasks(conn, [self._drain_task(draft) for draft in self.drafts if draft.drain])
+        drains = [draft for draft in self.drafts if draft.drain]
+        await repository.retire_drains(conn, [draft.id for draft in drains if not draft.new])
+        await create_tasks(conn, [self._drain_task(draft) for draft in drains])
         await repository.shorten_deadlines(
             conn,
             [
@@ -560,22 +563,32 @@ class Batch:
             ceiling=pools.CEILING,
         )
 
-    def _find(self, instance_id: str, key: str, event: ParsedEvent) -> _Draft | None:
+    def _find(self, instance_id: str, decision: Decision, event: ParsedEvent) -> _Draft | None:
+        """The interruption that a signal about an instance belongs to, or None: it is the first word of a new one."""
         mine = self._by_instance.get(instance_id, [])
         if event.kind is EventKind.INSTANCE_STATE_CHANGE:
             # What was announced has come true, though it may have been handled and closed by now: a stop's or
             # hibernation's key carries the minute of its notice, not of its end.
-            announced = [d for d in mine if d.row["notice_at"] > event.occurred_at - COMES_TRUE_WITHIN]
+            announced = [
+                d for d in mine if not _left_alive(d.row) and d.row["notice_at"] > event.occurred_at - COMES_TRUE_WITHIN
+            ]
             if announced:
                 return max(announced, key=lambda draft: draft.row["notice_at"])
         for draft in mine:
-            if key and draft.row["interruption_key"] == key:
+            if decision.key and draft.row["interruption_key"] == decision.key:
                 return draft
         # Any signal about an instance with an interruption under way belongs to that one.
         for draft in mine:
             if draft.row["state"] != "closed":
                 return draft
-        return mine[0] if mine and not key else None
+        if not decision.key:
+            return mine[0] if mine else None
+        if decision.action is InterruptionAction.TERMINATE:
+            # An instance ends once: nothing is to be done again about one that was told to end, or was drained.
+            for draft in mine:
+                if draft.row["instance_action"] == decision.action.value and not _left_alive(draft.row):
+                    return draft
+        return None
 
     def _apply(
         self,
@@ -589,7 +602,7 @@ class Batch:
         single: bool,
     ) -> None:
         node = nodes.get(instance_id) if instance_id else None
-        draft = self._find(instance_id, decision.key, event) if instance_id and decision else None
+        draft = self._find(instance_id, decision, event) if instance_id and decision else None
         label = _label(message.source, event.kind)
         if instance_id and decision and decision.act in (Act.INTERRUPT, Act.UNMATCHED):
             if draft is None:
@@ -845,6 +858,12 @@ def drain_task(
         deadline_at=deadline_at,
         interruption_id=interruption_id,
     )
+
+
+def _left_alive(row: Mapping[str, Any]) -> bool:
+    """Whether an interruption is over and its node was kept: what comes later about the instance is news."""
+    drained = row["outcome"] in ("handled", "handled_late")
+    return row["state"] == "closed" and EventKind(row["kind"]) in SOFT_KINDS and not drained
 
 
 def _label(source: EventSource, kind: EventKind) -> str:

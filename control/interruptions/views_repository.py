@@ -21,7 +21,7 @@ _LIST = text("""
            CAST(a.price_usd_per_hour AS double precision) AS replacement_price, a.launched_at, a.ready_at,
            (SELECT count(*) FROM launch_attempts x WHERE x.intent_id = l.id) AS attempts
     FROM interruptions i
-    LEFT JOIN agent_tasks t ON t.interruption_id = i.id AND t.task_type = 'drain_node'
+    LEFT JOIN agent_tasks t ON t.interruption_id = i.id AND t.dedupe_key = 'drain:' || i.id
     LEFT JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
     LEFT JOIN LATERAL (SELECT * FROM launch_attempts a WHERE a.intent_id = l.id ORDER BY attempt_no DESC LIMIT 1) a
         ON true

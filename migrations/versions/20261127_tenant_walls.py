@@ -49,6 +49,11 @@ def upgrade() -> None:
         ondelete="CASCADE",
     )
     op.alter_column("launch_attempts", "price_usd_per_hour", type_=sa.Numeric(18, 8))
+    # A recommendation or a maintenance is not the instance's end (control.interruptions.policies.interruption_key).
+    op.execute(
+        "UPDATE interruptions SET interruption_key = instance_id || '@' || kind "
+        "WHERE kind IN ('rebalance_recommendation', 'scheduled_change') AND interruption_key = instance_id"
+    )
     op.create_index("ix_spot_events_received_at", "spot_events", ["received_at"], postgresql_using="brin")
     op.create_index("ix_interruptions_received_at", "interruptions", ["received_at"], postgresql_using="brin")
     for wrong, right in RENAMED_CHECKS.items():

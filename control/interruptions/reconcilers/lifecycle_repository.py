@@ -50,7 +50,7 @@ _CLAIM = text("""
     FROM claimed a
     JOIN customers m ON m.id = a.customer_id AND m.status IN ('active', 'degraded')
     LEFT JOIN interruptions i ON i.id = a.interruption_id
-    LEFT JOIN agent_tasks t ON t.interruption_id = a.interruption_id AND t.task_type = 'drain_node'
+    LEFT JOIN agent_tasks t ON t.interruption_id = a.interruption_id AND t.dedupe_key = 'drain:' || a.interruption_id
     LEFT JOIN LATERAL (
         SELECT status FROM nodes n WHERE n.customer_id = a.customer_id AND n.instance_id = a.instance_id
         ORDER BY n.terminated_at IS NULL DESC LIMIT 1

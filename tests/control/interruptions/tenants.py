@@ -54,6 +54,8 @@ class Tenant:
         } | values
         async with self.db.tenant(self.customer_id) as conn:
             await repository.insert_rows(conn, "nodes", [row], order="id")
+            # The agent that reported it was heard.
+            await conn.execute(text("UPDATE clusters SET last_seen_at = now() WHERE id = :id"), {"id": self.cluster_id})
         self.instances.append(instance_id)
         return instance_id
 

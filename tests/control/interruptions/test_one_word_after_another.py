@@ -1,0 +1,165 @@
+"""Signals that follow each other about one instance, and launches whose answers are lost in between: nothing that came
+earlier may swallow a warning, and nothing that comes later may launch twice."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from control.interruptions import closing
+from control.interruptions.launching import Launcher
+from control.interruptions.reconcilers import deadlines, never_ready, orphans
+from control.interruptions.reconcilers import launch as launch_reconciler
+from control.interruptions.service import Ingested, Received, ingest
+from control.sandbox.aws.faults import Fault
+from tests.control.interruptions.harness import Stage
+from warehouse.contracts import EventSource
+
+
+async def told(stage: Stage, document: dict[str, Any]) -> Ingested:
+    return await ingest(stage.db, await stage.tenant.facts(), [Received(json.dumps(document), EventSource.SQS)])
+
+
+async def launch(launcher: Launcher) -> None:
+    await launcher.plan_round()
+    await launcher.finish_calls(10)
+
+
+async def due_again(stage: Stage) -> None:
+    await stage.pass_leases()
+    await stage.tenant.rows("UPDATE launch_batches SET next_action_at = now() RETURNING 1")
+    await stage.tenant.rows("UPDATE launch_intents SET next_action_at = now() RETURNING 1")
+
+
+async def test_a_warning_after_a_recommendation_that_kept_the_node_is_a_new_interruption(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.rebalance(instance))
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'exhausted' RETURNING 1")
+    await closing.begin_waiting_drains(launcher.runtime)
+    await closing.close_ended(launcher.runtime)
+    (kept,) = await stage.interruptions()
+    assert (kept.state, kept.outcome) == ("closed", "cancelled")
+
+    await told(stage, stage.tenant.warning(instance))
+    _, warned = await stage.interruptions()
+    assert (warned.state, warned.kind) == ("open", "spot_interruption")
+    tasks = await stage.tenant.rows("SELECT interruption_id FROM agent_tasks")
+    intents = await stage.tenant.rows("SELECT interruption_id FROM launch_intents WHERE state = 'planned'")
+    assert [task.interruption_id for task in tasks] == [warned.id]
+    assert [intent.interruption_id for intent in intents] == [warned.id]
+    # Told again, by whomever, it stays the one.
+    await told(stage, stage.tenant.warning(instance))
+    await told(stage, stage.tenant.rebalance(instance))
+    assert len(await stage.interruptions()) == 2
+
+
+async def test_a_warning_that_follows_a_recommendation_under_way_stays_one_interruption(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.pause()
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "drain"})
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.rebalance(instance))
+    await told(stage, stage.tenant.warning(instance))
+    await stage.tenant.rows("UPDATE agent_tasks SET state = 'done', finished_at = now() RETURNING 1")
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'ready' RETURNING 1")
+    await closing.close_ended(launcher.runtime)
+    await told(stage, stage.tenant.warning(instance))
+    await told(stage, stage.tenant.rebalance(instance))
+    (row,) = await stage.interruptions()
+    assert (row.state, row.outcome, row.kind) == ("closed", "handled", "spot_interruption")
+
+
+async def test_a_drain_that_failed_is_tried_again_when_the_warning_comes(stage: Stage, launcher: Launcher) -> None:
+    await stage.pause()
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "drain"})
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.rebalance(instance))
+    await stage.tenant.rows("UPDATE agent_tasks SET state = 'failed', finished_at = now() RETURNING 1")
+    await told(stage, stage.tenant.warning(instance))
+    tasks = await stage.tenant.rows("SELECT state, deadline_at FROM agent_tasks ORDER BY id")
+    assert [task.state for task in tasks] == ["failed", "queued"]
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'ready' RETURNING 1")
+    assert await closing.close_ended(launcher.runtime) == 0, "its drain is under way again"
+
+
+async def test_a_replacement_that_does_not_come_does_not_keep_an_announced_end_undrained(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.pause()
+    await stage.tenant.config("event_policies", {"spot_interruption": "pre_spin"})
+    (instance,) = await stage.launch_nodes()
+    await stage.tenant.rows("UPDATE clusters SET kill_switch = true RETURNING 1")
+    await told(stage, stage.tenant.warning(instance))
+    (before,) = await stage.interruptions()
+    assert await closing.begin_waiting_drains(launcher.runtime) == 0
+    await stage.tenant.rows("UPDATE interruptions SET deadline_at = now() + interval '50 seconds' RETURNING 1")
+    assert await closing.begin_waiting_drains(launcher.runtime) == 1
+    (task,) = await stage.tenant.rows("SELECT state, deadline_at FROM agent_tasks")
+    assert task.state == "queued"
+    assert task.deadline_at < before.notice_at + timedelta(minutes=3), "the end does not move"
+    await deadlines.run_once(launcher.runtime)
+
+
+async def test_a_replacement_interrupted_before_it_was_ready_is_replaced_once(stage: Stage, launcher: Launcher) -> None:
+    stage.nodes_join = False
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.warning(instance))
+    await launch(launcher)
+    (first,) = stage.ours(alive=True)
+    await told(stage, stage.tenant.warning(first.instance_id))
+    stage.aws.terminate(first.instance_id, reason="Server.SpotInstanceTermination")
+    await orphans.run_once(launcher)
+    for _ in range(6):
+        await due_again(stage)
+        await launch(launcher)
+    assert len(stage.ours(alive=True)) == 1
+    states = [row.state for row in await stage.tenant.rows("SELECT state FROM launch_intents ORDER BY id")]
+    assert states == ["cancelled", "launched"]
+
+
+@pytest.mark.parametrize("code", ["revoked", "UnauthorizedOperation", "InvalidParameterValue"])
+async def test_a_refusal_of_the_second_call_says_nothing_about_the_first(
+    stage: Stage, launcher: Launcher, code: str
+) -> None:
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("drop_after", action="RunInstances"))
+    await told(stage, stage.tenant.warning(instance))
+    await launch(launcher)
+    assert len(stage.ours(alive=True)) == 1
+    if code == "revoked":
+        stage.aws.revoke_role(stage.tenant.account_id)
+        stage.aws.expire_credentials(stage.tenant.account_id)
+        launcher.runtime.aws._sessions.clear()
+    else:
+        stage.aws.inject(Fault("error", action="RunInstances", code=code, status=403))
+    await due_again(stage)
+    await launch_reconciler.run_once(launcher)
+    (attempt,) = await stage.tenant.rows("SELECT state FROM launch_attempts")
+    assert attempt.state == "unknown"
+    stage.aws.revoke_role(stage.tenant.account_id, revoked=False)
+    for _ in range(3):
+        await due_again(stage)
+        await launch_reconciler.run_once(launcher)
+        await launch(launcher)
+    assert len(stage.ours(alive=True)) == 1
+    (attempt,) = await stage.tenant.rows("SELECT state FROM launch_attempts")
+    assert attempt.state in ("launched", "ready")
+
+
+async def test_a_replacement_nobody_could_report_on_is_not_ended_for_it(stage: Stage, launcher: Launcher) -> None:
+    stage.nodes_join = False
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.warning(instance))
+    await launch(launcher)
+    await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() - interval '12 minutes' RETURNING 1")
+    assert await never_ready.run_once(launcher.runtime) == 0
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
+    assert await never_ready.run_once(launcher.runtime) == 1
