@@ -66,7 +66,10 @@ def test_nine_months_of_real_prices(
     ]
     assert figures["cost"] == figures["cross_check"]
     assert Decimal(figures["cost"]["net"]) == Decimal(figures["cost"]["baseline"]) - Decimal(figures["cost"]["actual"])
-    assert figures["coverage"] == 1.0
+    # From a missing snapshot's hour to the next one's: three times 21 to 00, twice 14 to 21 UTC.
+    lost = 3 * 4 + 2 * 8
+    assert figures["incomplete_hours"] == lost * len(regions)
+    assert figures["coverage"] == round(1 - lost / 24 / 272, 6)
     shares = {(row["region"], row["month"]): Decimal(row["actual"]) / Decimal(row["b1"]) for row in figures["months"]}
     for region in regions:
         # The shock of spring 2023: what was saved in winter was much more than what was saved from May on.

@@ -183,7 +183,7 @@ def test_no_hour_is_complete_before_the_agents_first_metrics(world: World, serve
             "covered_until": start + 24 * HOUR,
             "expected_points": 288,
             "present_points": 0,
-            "detail": {"expected": [0, 288], "present": present},
+            "detail": {"expected": [0, 288], "present": present, "measured": present},
             "run_id": "",
         }
         for day, start, present in [("2026-11-18", at(18), "146-287"), ("2026-11-19", at(19), "0-287")]
@@ -388,7 +388,7 @@ def test_a_node_on_its_way_back_to_spot_is_a_second_machine_too(world: World, se
 
 
 def test_dearer_than_on_demand_is_a_negative_saving(world: World, serve) -> None:
-    serve([price(at(17, 22), "m5.large", 0.25)], ON_DEMAND)
+    serve([price(when, "m5.large", 0.25) for when in (at(17, 22), at(18, 1))], ON_DEMAND)
     world.run(["on_demand_prices"], "2026-11-17|us-east-1", "2026-11-18|us-east-1")
     world.run(["spot_prices"], "2026-11-17|us-east-1", "2026-11-18|us-east-1")
     tenant = add_tenant(world)

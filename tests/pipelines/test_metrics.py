@@ -112,7 +112,8 @@ def test_late_samples_end_in_the_same_rows_as_samples_in_order(world: World) -> 
     world.run(["metric_5m"], DAY)
     rows = {row["ts"]: row["samples"] for row in world.query("SELECT ts, samples FROM metric_5m")}
     assert rows == {start: values[4] for start, values in expected_windows(samples).items()}
-    assert world.sql("SELECT * FROM dirty_partitions") == []
+    # The metrics are settled; the costs of the day, in which the agent was there after all, are not yet.
+    assert [row["table_name"] for row in world.sql("SELECT * FROM dirty_partitions")] == ["node_cost_hourly"]
 
 
 def test_an_agent_that_was_away_is_a_gap_and_its_return_closes_none(world: World) -> None:

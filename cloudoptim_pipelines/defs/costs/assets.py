@@ -1,21 +1,19 @@
 """Cost of every node and cluster and hour, computed in the lake from node hours and prices as of the hour."""
 
-from collections.abc import Callable, Mapping
-from datetime import date, datetime, timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
-import polars as pl
-import pyarrow as pa
-from sqlalchemy import text
 
+from cloudoptim_pipelines import stale
 from cloudoptim_pipelines.coverage import partition_locks
+from cloudoptim_pipelines.defs.costs import gaps
 from cloudoptim_pipelines.defs.costs.nodes import read_nodes, run_times
-from cloudoptim_pipelines.defs.metrics import windows
 from cloudoptim_pipelines.defs.on_demand_prices.assets import on_demand_prices
 from cloudoptim_pipelines.defs.spot_prices.assets import spot_prices
 from cloudoptim_pipelines.models import stage
-from cloudoptim_pipelines.partitions import DayRange, by_day, day_start, days_of
+from cloudoptim_pipelines.partitions import DayRange, by_day, days_of
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
 from warehouse.lake.query import Snapshot
@@ -96,11 +94,17 @@ def node_hours(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.Ma
 def node_cost_hourly(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """What every node cost in each hour at the price of that hour, beside the same minutes on demand (B1 list)."""
     now = warehouse.now()
+    # Read before the prices: a mark made after this is for the next run.
+    with warehouse.database.system() as connection:
+        marks = stale.marks(connection, stale.COSTS, context.partition_keys)
 
     def staged(snapshot: Snapshot, days: DayRange) -> Staged:
         return stage(snapshot, "node_cost_hourly", {"day": days.days()}, parameters(days, now))
 
-    return compute(context, warehouse, "node_cost_hourly", staged)
+    result = compute(context, warehouse, "node_cost_hourly", staged)
+    with warehouse.database.system() as connection:
+        stale.settle(connection, stale.COSTS, marks)
+    return result
 
 
 @dg.asset(deps=[node_cost_hourly], **_SHARED)
@@ -109,46 +113,11 @@ def cluster_cost_hourly(context: dg.AssetExecutionContext, warehouse: Warehouse)
     now = warehouse.now()
 
     def staged(snapshot: Snapshot, days: DayRange) -> Staged:
-        inputs = _agent_gaps(warehouse, days, now)
+        with warehouse.database.system() as connection:
+            inputs = {
+                "agent_gaps": gaps.agent_gaps(connection, days, now),
+                "price_gaps": gaps.price_gaps(connection, days, now),
+            }
         return stage(snapshot, "cluster_cost_hourly", {"day": days.days()}, parameters(days, now), inputs)
 
     return compute(context, warehouse, "cluster_cost_hourly", staged)
-
-
-_GAPS = text(
-    """
-    SELECT series AS cluster_id, gap_start, gap_end FROM data_gaps
-    WHERE table_name = 'metric_5m' AND customer_id IS NOT NULL AND gap_start < :end AND gap_end > :start
-    """
-)
-
-
-# A cluster's own creation, and the first day that has metrics of it with the windows there are.
-_CONNECTED = text(
-    """
-    SELECT DISTINCT ON (c.id) c.id::text AS cluster_id, c.created_at, p.partition_key, p.detail ->> 'present' AS present
-    FROM clusters c
-    LEFT JOIN partition_coverage p
-        ON p.table_name = 'metric_5m' AND p.series = c.id::text AND p.detail ->> 'present' <> ''
-    ORDER BY c.id, p.partition_key
-    """
-)
-
-
-def _agent_gaps(warehouse: Warehouse, days: DayRange, now: datetime) -> Mapping[str, pa.Table]:
-    """When agents were away: before their first metrics, known gaps since, and nodes that are silent now."""
-    with warehouse.database.system() as connection:
-        gaps = [tuple(row) for row in connection.execute(_GAPS, {"start": days.start, "end": days.end})]
-        for row in connection.execute(_CONNECTED):
-            connected_at = row.created_at
-            if row.present:
-                first = windows.decode(row.present)[0]
-                day = day_start(date.fromisoformat(row.partition_key))
-                connected_at = max(connected_at, day + first * windows.WINDOW)
-            if connected_at > days.start:
-                gaps.append((row.cluster_id, days.start, min(connected_at, days.end)))
-        nodes = run_times(read_nodes(connection, days.start, days.end), now)
-    gaps += [(row["cluster_id"], row["run_until"], now) for row in nodes.filter("silent").iter_rows(named=True)]
-    time = pl.Datetime("us", "UTC")
-    frame = pl.DataFrame(gaps, schema={"cluster_id": pl.String, "gap_start": time, "gap_end": time}, orient="row")
-    return {"agent_gaps": frame.to_arrow()}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
 from uuid import UUID
 
 from sqlalchemy import Connection, insert, text
 
-from cloudoptim_pipelines import coverage
+from cloudoptim_pipelines import coverage, stale
 from cloudoptim_pipelines.defs.gaps.finder import Gap, metric_gaps, price_gaps
+from cloudoptim_pipelines.partitions import DayRange
 from cloudoptim_pipelines.policies import FILL_TAG
 from warehouse.postgres.models import Outbox, new_id
 
@@ -22,6 +23,13 @@ _CLOSE = text(
     WHERE table_name = :table_name AND series = :series AND state <> 'filled'
       AND (CAST(:keys AS text[]) IS NULL OR partition_key = ANY(CAST(:keys AS text[])))
       AND NOT (gap_start = ANY(CAST(:starts AS timestamptz[])))
+    """
+)
+_MISSING = text(
+    """
+    SELECT series, gap_start, gap_end FROM data_gaps
+    WHERE table_name = :table_name AND series = ANY(CAST(:series AS text[])) AND state <> 'filled'
+      AND (CAST(:keys AS text[]) IS NULL OR partition_key = ANY(CAST(:keys AS text[])))
     """
 )
 _OPEN = text(
@@ -56,6 +64,8 @@ def find(rows: Sequence[coverage.Coverage], *, now: datetime) -> list[Gap]:
 def sync(connection: Connection, table_name: str, *, now: datetime, keys: Sequence[str] | None = None) -> list[Gap]:
     """Make ``data_gaps`` of a table say what is missing now; returns the gaps found.
 
+    Costs of days on which something else is missing than before are marked stale: an hour in a gap is not complete.
+
     Args:
         keys: only these partitions (metrics: their grid does not depend on other days).
     """
@@ -64,6 +74,9 @@ def sync(connection: Connection, table_name: str, *, now: datetime, keys: Sequen
     by_series: dict[str, list[Gap]] = {row.series: [] for row in rows}
     for gap in gaps:
         by_series[gap.series].append(gap)
+    where = {"table_name": table_name, "series": sorted(by_series), "keys": None if keys is None else list(keys)}
+    before = {(row.series, row.gap_start, row.gap_end) for row in connection.execute(_MISSING, where)}
+    changed = before ^ {(gap.series, gap.start, gap.end) for gap in gaps}
     for series, found in sorted(by_series.items()):
         connection.execute(
             _CLOSE,
@@ -77,7 +90,13 @@ def sync(connection: Connection, table_name: str, *, now: datetime, keys: Sequen
         )
         if found:
             connection.execute(_OPEN, [_row(gap, now) for gap in found])
+    days = {day for _, start, end in changed for day in _days(start, end)}
+    stale.mark(connection, stale.COSTS, days, reason=f"gaps of {table_name} changed")
     return gaps
+
+
+def _days(start: datetime, end: datetime) -> list[date]:
+    return DayRange(start.astimezone(UTC).date(), (end - timedelta.resolution).astimezone(UTC).date()).days()
 
 
 def _row(gap: Gap, now: datetime) -> dict:

@@ -1,9 +1,11 @@
 -- What each cluster cost in each hour, its baseline, and how much of the hour is covered by data.
 --
--- reads: node_cost_hourly, agent_gaps (given by the caller: cluster_id, gap_start, gap_end)
+-- reads: node_cost_hourly, agent_gaps (given by the caller: cluster_id, gap_start, gap_end), price_gaps (given by the
+--        caller: region, gap_start, gap_end: stretches in which its Spot prices were not read)
 -- parameters: $first_day, $last_day, $as_of
 -- A node minute is covered when both the price paid and the list price are known; cost and baseline are summed over
--- the same covered minutes. An hour is complete when it is over, every minute is covered and the agent was there.
+-- the same covered minutes. An hour is complete when it is over, every minute is covered, the agent was there and, if
+-- it has minutes on Spot, the region's Spot prices were read: a price that may be stale counts in no statement.
 -- B2 (shape) and B3 (commit) are null: they need a frozen plan and the customer's commitments.
 --
 -- grain: cluster x hour
@@ -50,7 +52,13 @@ SELECT
             WHERE agent_gaps.cluster_id = per_hour.cluster_id
               AND agent_gaps.gap_start < per_hour.ts + INTERVAL 1 HOUR
               AND agent_gaps.gap_end > per_hour.ts
-        ) AS complete,
+        )
+        AND (spot_minutes = 0 OR NOT EXISTS (
+            SELECT 1 FROM price_gaps
+            WHERE price_gaps.region = per_hour.region
+              AND price_gaps.gap_start < per_hour.ts + INTERVAL 1 HOUR
+              AND price_gaps.gap_end > per_hour.ts
+        )) AS complete,
     'observed' AS source
 FROM per_hour
 ORDER BY customer_id, cluster_id, ts
