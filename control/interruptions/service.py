@@ -63,6 +63,8 @@ QUARANTINE_ALARM_PER_HOUR = 10
 FACTS_SECONDS = 5.0
 # A state change this long after a notice is what the notice announced. EC2 leaves two minutes, queues add some.
 COMES_TRUE_WITHIN = timedelta(minutes=15)
+# A node that was drained for a maintenance, or on a recommendation, is back at work or gone after this long.
+MAINTENANCE_TAKES = timedelta(hours=1)
 # Characters parsed without a pause: a customer's large bodies must not hold up the others of this process.
 PARSED_AT_ONCE = 256 * 1024
 # Two batches may still meet on one row; Postgres picks the victim, which starts again. A history row whose
@@ -87,6 +89,8 @@ class Received:
     sqs_message_id: str | None = None
     sent_at: datetime | None = None
     receive_count: int = 1
+    # Whoever told us may speak for this cluster only (an agent's key).
+    cluster_id: UUID | None = None
 
 
 @dataclass(slots=True)
@@ -196,7 +200,7 @@ async def accept_agent_events(
     now = db.now()
     outcomes: list[tuple[Received, Outcome]] = [
         (
-            Received(repository.to_json(event.model_dump(mode="json")), EventSource.AGENT),
+            Received(repository.to_json(event.model_dump(mode="json")), EventSource.AGENT, cluster_id=cluster_id),
             from_agent(event, region=region, account_id=facts.account_id, received_at=now),
         )
         for event in events
@@ -452,7 +456,9 @@ class Batch:
         foreign = 0
         for instance_id in outcome.instance_ids:
             node = nodes.get(instance_id)
-            if node is not None and node.customer_id != self.facts.customer_id:
+            if node is not None and (
+                node.customer_id != self.facts.customer_id or message.cluster_id not in (None, node.cluster_id)
+            ):
                 foreign += 1
                 continue
             decisions.append((instance_id, decide(outcome, instance_id, node, self.policies, self.now)))
@@ -460,7 +466,9 @@ class Batch:
             return (
                 Quarantine(
                     "foreign_instance",
-                    "the instance belongs to a node of another customer",
+                    "the instance is a node of another cluster than the agent's"
+                    if message.cluster_id
+                    else "the instance belongs to a node of another customer",
                     "sha256:" + _sha256(message.body),
                     event_type,
                     security=True,
@@ -570,7 +578,9 @@ class Batch:
             # What was announced has come true, though it may have been handled and closed by now: a stop's or
             # hibernation's key carries the minute of its notice, not of its end.
             announced = [
-                d for d in mine if not _left_alive(d.row) and d.row["notice_at"] > event.occurred_at - COMES_TRUE_WITHIN
+                d
+                for d in mine
+                if not _left_alive(d.row, self.now) and d.row["notice_at"] > event.occurred_at - COMES_TRUE_WITHIN
             ]
             if announced:
                 return max(announced, key=lambda draft: draft.row["notice_at"])
@@ -586,7 +596,7 @@ class Batch:
         if decision.action is InterruptionAction.TERMINATE:
             # An instance ends once: nothing is to be done again about one that was told to end, or was drained.
             for draft in mine:
-                if draft.row["instance_action"] == decision.action.value and not _left_alive(draft.row):
+                if draft.row["instance_action"] == decision.action.value and not _left_alive(draft.row, self.now):
                     return draft
         return None
 
@@ -860,10 +870,13 @@ def drain_task(
     )
 
 
-def _left_alive(row: Mapping[str, Any]) -> bool:
-    """Whether an interruption is over and its node was kept: what comes later about the instance is news."""
+def _left_alive(row: Mapping[str, Any], now: datetime) -> bool:
+    """Whether an interruption is over and its node lives on, so that what comes later about it is news: it was kept, or
+    was drained for a maintenance so long ago that it is back at work."""
+    if row["state"] != "closed" or EventKind(row["kind"]) not in SOFT_KINDS:
+        return False
     drained = row["outcome"] in ("handled", "handled_late")
-    return row["state"] == "closed" and EventKind(row["kind"]) in SOFT_KINDS and not drained
+    return not drained or (row["closed_at"] is not None and now - row["closed_at"] > MAINTENANCE_TAKES)
 
 
 def _label(source: EventSource, kind: EventKind) -> str:

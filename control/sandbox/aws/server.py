@@ -26,6 +26,7 @@ import copy
 import json
 import logging
 import re
+import signal
 import socket
 import threading
 import time
@@ -480,7 +481,7 @@ class SandboxAWS:
             scope["cloudoptim.transport"].close()
             return
         await _send(send, answer)
-        if after is not None and after.mode == "signal":
+        if after is not None and after.mode == "signal" and after.moment == "answered":
             after.send_signal()
 
     async def _serve(self, scope: Any, body: bytes, receive: Any) -> tuple[Answer, Fault | None]:
@@ -588,6 +589,9 @@ class SandboxAWS:
                 return Answer(fault.status, page.encode(), "text/html")
             case "signal" if fault.moment == "before":
                 fault.send_signal()
+                if fault.signal_number == signal.SIGKILL:
+                    # Whoever was killed before the call never made it.
+                    raise _Abort
         return None
 
     async def _afterwards(self, fault: Fault, answer: Answer, receive: Any) -> Answer:

@@ -4,7 +4,7 @@ earlier may swallow a warning, and nothing that comes later may launch twice."""
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,10 +13,11 @@ from control.interruptions import closing
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import deadlines, never_ready, orphans
 from control.interruptions.reconcilers import launch as launch_reconciler
-from control.interruptions.service import Ingested, Received, ingest
+from control.interruptions.service import Ingested, Received, accept_agent_events, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
-from warehouse.contracts import EventSource
+from warehouse.contracts import EventKind, EventSource, SpotEvent
+from warehouse.postgres.models import new_id
 
 
 async def told(stage: Stage, document: dict[str, Any]) -> Ingested:
@@ -163,3 +164,29 @@ async def test_a_replacement_nobody_could_report_on_is_not_ended_for_it(stage: S
     assert await never_ready.run_once(launcher.runtime) == 0
     await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
     assert await never_ready.run_once(launcher.runtime) == 1
+
+
+async def test_a_node_back_from_its_maintenance_is_warned_of_like_any_other(stage: Stage, launcher: Launcher) -> None:
+    await stage.pause()
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "drain"})
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.rebalance(instance))
+    await stage.tenant.rows("UPDATE agent_tasks SET state = 'done', finished_at = now() RETURNING 1")
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'ready' RETURNING 1")
+    await closing.close_ended(launcher.runtime)
+    await told(stage, stage.tenant.warning(instance))
+    assert len(await stage.interruptions()) == 1, "it was drained a moment ago"
+    await stage.tenant.rows("UPDATE interruptions SET closed_at = now() - interval '3 days' RETURNING 1")
+    again = stage.tenant.warning(instance)
+    await told(stage, again)
+    _, warned = await stage.interruptions()
+    assert (warned.state, warned.kind) == ("open", "spot_interruption")
+
+
+async def test_an_agent_speaks_for_its_own_cluster_only(stage: Stage) -> None:
+    await stage.pause()
+    (instance,) = await stage.launch_nodes()
+    event = SpotEvent(event_type=EventKind.SPOT_INTERRUPTION, instance_id=instance, occurred_at=datetime.now(UTC))
+    said = {"customer_id": stage.tenant.customer_id, "region": stage.tenant.region, "events": [event]}
+    done = await accept_agent_events(stage.db, cluster_id=new_id(), **said)
+    assert (done.quarantined, await stage.interruptions()) == (1, [])
