@@ -51,6 +51,7 @@ def load_settings(*, running: bool = False) -> Settings:
     from pydantic import ValidationError
 
     from control.settings import Settings, SettingsError, get_settings
+    from control.supervisor.errors import UpError
 
     try:
         if running:
@@ -59,8 +60,13 @@ def load_settings(*, running: bool = False) -> Settings:
             adopt_running(Settings().home, os.environ)  # type: ignore[call-arg]
         return get_settings()
     except ValidationError as error:
-        fail("; ".join(f"{_variable(str(detail['loc'][0]))}: {detail['msg']}" for detail in error.errors()))
-    except SettingsError as error:
+        fail(
+            "; ".join(
+                f"{_variable(str(detail['loc'][0]))}: {detail['msg'].removeprefix('Value error, ')}"
+                for detail in error.errors()
+            )
+        )
+    except (SettingsError, UpError) as error:
         fail(str(error))
 
 
@@ -84,7 +90,10 @@ def migrate(
     revision: Annotated[str, typer.Option(help="Where to go.")] = "head",
 ) -> None:
     """Bring the database's schema and the lake's tables up to date."""
+    import psycopg
+    from alembic.util import CommandError
     from deltalake.exceptions import DeltaError
+    from sqlalchemy.exc import SQLAlchemyError
 
     from control.settings import SettingsError
     from control.supervisor import checks
@@ -107,12 +116,32 @@ def migrate(
             migrate_dagster(settings.home, settings.database_url)
     except (SettingsError, UpError, LakeError) as error:
         fail(str(error))
+    except CommandError as error:
+        fail(f"DATABASE_URL: {error}; correct --revision, or use the release this database was migrated with")
+    except (SQLAlchemyError, psycopg.Error) as error:
+        fail(_database_cause(error))
     except (DeltaError, OSError) as error:
         cause = str(error).splitlines()[0]
         fail(
             f"CLOUDOPTIM_LAKE_ROOT: the lake at {settings.lake_root} cannot be written ({cause}); "
             "check the folder's rights, or the bucket's name, region and AWS credentials"
         )
+
+
+def _database_cause(error: Exception) -> str:
+    """One line for what Postgres refused."""
+    import psycopg
+
+    from warehouse.postgres.session import ML_ROLE, SYSTEM_ROLE, TENANT_ROLE
+
+    cause = getattr(error, "orig", None) or error
+    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    if isinstance(cause, psycopg.errors.InsufficientPrivilege):
+        return (
+            f"DATABASE_URL: its user may not do this ({text}); let it own the database and have CREATEROLE, "
+            f"for the roles {TENANT_ROLE}, {SYSTEM_ROLE} and {ML_ROLE}"
+        )
+    return f"DATABASE_URL: Postgres could not do this ({text}); correct that and run it again"
 
 
 @app.command()
@@ -143,6 +172,7 @@ def worker() -> None:
     """Interruptions, plans, reconcilers, outbox and notifications; any number may run."""
     from control.worker import main
 
+    load_settings()
     main()
 
 
@@ -241,14 +271,32 @@ def lake_sql(
     as_of: Annotated[str | None, typer.Option(help="As published at this time (ISO 8601, UTC).")] = None,
 ) -> None:
     """Ask the lake, read-only, at its newest release or an older one."""
+    import psycopg
+    from deltalake.exceptions import DeltaError
+
     from control.commands.lake_sql import run_query
     from control.settings import SettingsError
+    from control.supervisor import checks
+    from control.supervisor.errors import UpError
     from warehouse.lake.errors import LakeError
 
+    settings = load_settings(running=True)
     try:
-        note = run_query(load_settings(running=True), query, output, file, customer_id=customer, as_of=as_of)
+        note = run_query(settings, query, output, file, customer_id=customer, as_of=as_of)
     except (LakeError, SettingsError, ValueError) as error:
         fail(str(error))
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject, psycopg.errors.InvalidParameterValue):
+        fail("DATABASE_URL: this database has no tables of ours yet; run `cloudoptim migrate`")
+    except psycopg.Error as error:
+        try:
+            checks.check_database(settings.database_url)
+        except UpError as why:
+            fail(str(why))
+        fail(_database_cause(error))
+    except DeltaError as error:
+        fail(f"CLOUDOPTIM_LAKE_ROOT: the lake at {settings.lake_root} cannot be read ({str(error).splitlines()[0]})")
+    except OSError as error:
+        fail(f"{error.filename or file or settings.lake_root}: {error.strerror or error}")
     if note:
         typer.echo(note, err=True)
 

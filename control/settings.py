@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from datetime import date
 from functools import lru_cache
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 WEAK_SECRETS = {"", "changeme", "change-me", "secret", "example", "password", "your-secret-key"}
 MIN_SECRET_LENGTH = 32
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 class SettingsError(ValueError):
@@ -25,12 +28,38 @@ def _env(*names: str) -> AliasChoices:
     return AliasChoices(*names, *(name.lower() for name in names))
 
 
+class ConfigFile(YamlConfigSettingsSource):
+    """The YAML file named by CLOUDOPTIM_CONFIG; a key without a value is not set."""
+
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
+        import yaml
+
+        problem = f"CLOUDOPTIM_CONFIG names {str(file_path)!r}, which is no readable YAML mapping"
+        try:
+            values = yaml.safe_load(file_path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SettingsError(f"{problem} ({_place(error)}); correct it or unset it") from error
+        if not isinstance(values, dict):
+            raise SettingsError(f"{problem} (it is a {type(values).__name__}); write lines like REDIS_URL: redis://…")
+        return {str(name): value for name, value in values.items() if value is not None}
+
+
+def _place(error: Exception) -> str:
+    """What is wrong and where, without the file's own text, which may hold secrets."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return getattr(error, "strerror", None) or type(error).__name__
+    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'no YAML'}"
+
+
 class Settings(BaseSettings):
     """All settings. ``home`` is where embedded servers, the lake, logs and generated secrets live."""
 
     model_config = SettingsConfigDict(extra="ignore")
 
-    home: Path = Field(Path("~/.local/share/cloudoptim"), validation_alias=_env("CLOUDOPTIM_HOME"))
+    home: Path = Field(
+        Path("~/.local/share/cloudoptim"), validation_alias=_env("CLOUDOPTIM_HOME"), validate_default=True
+    )
     sandbox: bool = Field(False, validation_alias=_env("CLOUDOPTIM_SANDBOX"))
     log_level: str = Field("INFO", validation_alias=_env("CLOUDOPTIM_LOG_LEVEL", "LOG_LEVEL"))
 
@@ -86,10 +115,20 @@ class Settings(BaseSettings):
     # One deployment's mark on everything it launches; a restored database with another mark adopts before it acts.
     deployment_id: str = Field("cloudoptim", validation_alias=_env("CLOUDOPTIM_DEPLOYMENT_ID"), max_length=64)
 
-    @model_validator(mode="after")
-    def _expand(self) -> Settings:
-        self.home = self.home.expanduser().absolute()
-        return self
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, home: Path) -> Path:
+        try:
+            return home.expanduser().absolute()
+        except RuntimeError as error:
+            raise ValueError(f"{error}; name the folder in full") from error
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, level: str) -> str:
+        if level.strip().upper() not in LOG_LEVELS:
+            raise ValueError(f"is {level!r}; choose one of {', '.join(LOG_LEVELS)}")
+        return level.strip().upper()
 
     @classmethod
     def settings_customise_sources(
@@ -107,7 +146,7 @@ class Settings(BaseSettings):
         if path := os.environ.get("CLOUDOPTIM_CONFIG"):
             if not Path(path).is_file():
                 raise SettingsError(f"CLOUDOPTIM_CONFIG names {path!r}, which is not a file; correct it or unset it")
-            sources += (YamlConfigSettingsSource(settings_cls, yaml_file=path),)
+            sources += (ConfigFile(settings_cls, yaml_file=path),)
         return sources
 
     @property

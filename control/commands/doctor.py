@@ -6,20 +6,33 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from control.commands.running import read_addresses
 from control.embedded import EmbeddedServerError
 from control.settings import Settings, SettingsError
 from control.supervisor import checks
-from control.supervisor.environment import PORTS, REAL_AWS_VARIABLES, REPOSITORY, choose_ports, uses_sandbox
+from control.supervisor.environment import (
+    PORTS,
+    REAL_AWS_VARIABLES,
+    REPOSITORY,
+    choose_ports,
+    uses_sandbox,
+    with_config_file,
+)
 from control.supervisor.errors import UpError
+
+if TYPE_CHECKING:
+    from botocore.config import Config
 
 HTTP_TIMEOUT_SECONDS = 5
 
@@ -52,38 +65,50 @@ def examine(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
         hint = f"for {purpose}" if present else f"missing: {purpose} needs the extra `{extra}` (make install has all)"
         yield Finding(f"package {module}", "ok" if present else "note", hint)
     running = read_addresses(settings.home)
-    yield _ask("home", lambda: checks.check_home(settings.home), f"{settings.home}, {_free(settings.home)} free")
+    yield _home(settings.home)
     if running:
         yield Finding("cloudoptim up", "ok", f"runs: {settings.home / 'run' / 'addresses.json'}")
     else:
         yield from _ports(settings, environ)
     yield from _servers(settings, running is not None)
+    yield _lake(settings, environ)
     yield from _secrets(settings, environ)
     yield from _outside(settings, environ)
     yield from _for_tests(environ)
 
 
-def _ask(subject: str, check: Callable[[], object], good: str) -> Finding:
+def _ask(subject: str, check: Callable[[], object], good: str | Callable[[], str]) -> Finding:
+    """``good`` says what there is when the check passes; as a function, it is only asked then."""
     try:
         check()
     except (UpError, SettingsError, EmbeddedServerError) as error:
         return Finding(subject, "wrong", str(error))
-    return Finding(subject, "ok", good)
+    return Finding(subject, "ok", good if isinstance(good, str) else good())
 
 
-def _free(home: Path) -> str:
-    existing = next(folder for folder in (home, *home.parents) if folder.exists())
-    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB"
+def _home(home: Path) -> Finding:
+    return _ask(
+        "home",
+        lambda: checks.check_home(home),
+        lambda: f"{home}, {shutil.disk_usage(home).free / 1e9:.0f} GB free",
+    )
 
 
 def _ports(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
+    names = [name for name, rule in PORTS.items() if rule.public]
     try:
-        ports = choose_ports([name for name, rule in PORTS.items() if rule.public], settings.home, environ)
+        # Choosing writes down what it chose: only `up` does that in the home, which may be unusable anyway.
+        with tempfile.TemporaryDirectory(prefix="cloudoptim-doctor-") as scratch:
+            ports = choose_ports(names, Path(scratch), environ)
     except UpError as error:
         yield Finding("ports", "wrong", str(error))
         return
     for name, port in ports.items():
-        yield _ask(f"port of {name}", partial(checks.check_port, name, port), f"{port} is free")
+        wish = next((environ[variable] for variable in PORTS[name].variables if environ.get(variable)), "")
+        if wish and not int(wish):
+            yield Finding(f"port of {name}", "ok", "any free one")
+        else:
+            yield _ask(f"port of {name}", partial(checks.check_port, name, port), f"{port} is free")
 
 
 def _servers(settings: Settings, running: bool) -> Iterator[Finding]:
@@ -91,17 +116,65 @@ def _servers(settings: Settings, running: bool) -> Iterator[Finding]:
     if own_database:
         setting = "DATABASE_URL" if settings.database_url_setting.get_secret_value() else "DB_HOST"
         url = settings.database_url
-        yield _ask("Postgres", lambda: checks.check_database(url, setting), checks.where(url))
+        yield _ask("Postgres", lambda: checks.check_database(url, setting), lambda: checks.where(url))
     else:
         yield Finding("Postgres", "ok", "embedded (DATABASE_URL is not set)")
     if settings.redis_url_setting.get_secret_value() or settings.redis_host:
         setting = "REDIS_URL" if settings.redis_url_setting.get_secret_value() else "REDIS_HOST"
         url = settings.redis_url
-        yield _ask("Redis", lambda: checks.check_redis(url, setting), checks.where(url))
+        yield _ask("Redis", lambda: checks.check_redis(url, setting), lambda: checks.where(url))
     else:
         yield Finding("Redis", "ok", "embedded (REDIS_URL is not set)")
     if running and settings.control_url_setting:
         yield _http("control", f"{settings.control_url}/readyz", "its log is log/control.log in the home")
+
+
+def _lake(settings: Settings, environ: dict[str, str]) -> Finding:
+    """The lake's folder can be written, or its bucket answers."""
+    from warehouse.lake.errors import LakeError
+    from warehouse.lake.storage import Storage
+
+    try:
+        storage = Storage(settings.lake_root)
+    except LakeError as error:
+        return Finding("lake", "wrong", str(error))
+    if storage.remote:
+        return _bucket(storage.root, environ)
+    folder = Path(storage.root)
+    advice = "correct the rights there, or set CLOUDOPTIM_LAKE_ROOT to another folder"
+    try:
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError as error:
+        return Finding("lake", "wrong", f"{folder} cannot be reached ({error.strerror}); {advice}")
+    if not existing.is_dir():
+        return Finding("lake", "wrong", f"{folder}: {existing} is no folder; {advice}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Finding("lake", "wrong", f"cannot write to {existing}; {advice}")
+    return Finding("lake", "ok", str(folder) if existing == folder else f"{folder} (made by the first start)")
+
+
+def _bucket(root: str, environ: dict[str, str]) -> Finding:
+    if uses_sandbox(environ):
+        return Finding("lake", "note", f"{root} is not asked: the sandbox's AWS only answers under `cloudoptim up`")
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket = root.removeprefix("s3://").partition("/")[0]
+    # The lake itself looks for its endpoint in the same order.
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    try:
+        boto3.client("s3", endpoint_url=endpoint, region_name=region, config=_impatient()).head_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError, ValueError) as error:
+        advice = "check the bucket's name, region and AWS credentials (CLOUDOPTIM_LAKE_ROOT)"
+        return Finding("lake", "wrong", f"{root} does not answer: {error}; {advice}")
+    return Finding("lake", "ok", f"{root} answers")
+
+
+def _impatient() -> Config:
+    from botocore.config import Config
+
+    return Config(connect_timeout=HTTP_TIMEOUT_SECONDS, read_timeout=HTTP_TIMEOUT_SECONDS, retries={"max_attempts": 1})
 
 
 def _secrets(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
@@ -127,15 +200,12 @@ def _outside(settings: Settings, environ: dict[str, str]) -> Iterator[Finding]:
 
 def _aws(why: str) -> Finding:
     import boto3
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    config = Config(
-        connect_timeout=HTTP_TIMEOUT_SECONDS, read_timeout=HTTP_TIMEOUT_SECONDS, retries={"max_attempts": 1}
-    )
     try:
-        account = boto3.client("sts", region_name="us-east-1", config=config).get_caller_identity()["Account"]
-    except (BotoCoreError, ClientError) as error:
+        client = boto3.client("sts", region_name="us-east-1", config=_impatient())
+        account = client.get_caller_identity()["Account"]
+    except (BotoCoreError, ClientError, ValueError) as error:
         return Finding("AWS", "wrong", f"{why}: {error}; correct the credentials, or set CLOUDOPTIM_SANDBOX=1")
     return Finding("AWS", "ok", f"{why}: account {account}")
 
@@ -145,7 +215,7 @@ def _http(subject: str, url: str, advice: str) -> Finding:
 
     try:
         answer = httpx.get(url, timeout=HTTP_TIMEOUT_SECONDS)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return Finding(subject, "wrong", f"{url} does not answer ({error}); {advice}")
     return Finding(subject, "ok" if answer.status_code < 500 else "wrong", f"{url} answers {answer.status_code}")
 
@@ -165,8 +235,11 @@ def run_doctor(settings: Settings) -> int:
     table = Table()
     for heading in ("what", "state", "detail"):
         table.add_column(heading, overflow="fold")
+    # AWS's libraries read the process's environment: they have to find there what the configuration file sets, as they
+    # do under `up`.
+    os.environ.update(with_config_file(os.environ))
     findings = list(examine(settings, dict(os.environ)))
     for finding in findings:
-        table.add_row(finding.subject, f"[{colours[finding.state]}]{finding.state}[/]", finding.detail)
+        table.add_row(finding.subject, f"[{colours[finding.state]}]{finding.state}[/]", escape(finding.detail))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return int(any(finding.state == "wrong" for finding in findings))

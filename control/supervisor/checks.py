@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from control.supervisor.environment import PORTS, port_is_free
+from control.supervisor.environment import PORTS, listen_error, with_config_file
 from control.supervisor.errors import UpError
 
 CONNECT_TIMEOUT_SECONDS = 5
@@ -39,12 +43,28 @@ def check_home(home: Path) -> None:
         )
 
 
-def check_port(name: str, port: int, host: str = "127.0.0.1") -> None:
-    """Nothing listens where ``name`` wants to."""
-    if not port_is_free(port, host):
+def check_port(name: str, port: int, environ: Mapping[str, str] | None = None) -> None:
+    """``name`` can listen on its port, at the address its own setting names (in ``environ``, else the process's)."""
+    environ = with_config_file(os.environ) if environ is None else environ
+    if error := listen_error(port, PORTS[name].host(environ)):
+        raise UpError(port_cause(error, name, port, environ)) from error
+
+
+def port_cause(error: OSError, name: str, port: int, environ: Mapping[str, str]) -> str:
+    """Why ``name`` cannot listen, and the setting to change."""
+    rule = PORTS[name]
+    variable, host = rule.variable(environ), rule.host(environ)
+    if error.errno == errno.EADDRINUSE:
         user = _user_of(port)
-        variable = PORTS[name].variables[0]
-        raise UpError(f"port {port} for {name} is in use{user}; stop what uses it or set {variable} to a free port")
+        return f"port {port} for {name} is in use{user}; stop what uses it or set {variable} to a free port"
+    if error.errno == errno.EACCES:
+        return f"port {port} for {name} needs root, as ports below 1024 do; set {variable} to a higher one"
+    if rule.host_variable and (isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL):
+        return (
+            f"{name} cannot listen on {host}: it is no address of this machine; "
+            f"set {rule.host_variable} to one of its addresses"
+        )
+    return f"{name} cannot listen on port {port} of {host} ({error.strerror}); see {variable}"
 
 
 def _user_of(port: int) -> str:

@@ -20,7 +20,12 @@ from control.embedded.process import POLL_SECONDS, dies_with_parent, write_priva
 from control.supervisor.errors import UpError
 
 MAX_SOCKET_PATH = 100
-RUN_GRACE_SECONDS = 4
+# From the stop signal to SIGKILL. Apps and agents stop together, then the servers: all within 10 s. The longest app is
+# the worker: 4 s for what is under way (control/worker.py), then its connections.
+STOP_SECONDS = {"apps": 5, "agents": 5, "servers": 3}
+# Ended sooner than this, a process counts as not started, and each further try comes a second later than the last.
+SETTLED_SECONDS = 30
+MAX_PAUSE_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,18 @@ def render_programs(programs: Iterable[Program], log_folder: Path) -> str:
     programs = list(programs)
     parts = []
     for program in programs:
-        # A process that lives less than startsecs is started again after 1, 2, 3... seconds, without end.
+        # A process that lives less than startsecs is started again after 1, 2, 3... seconds, without end (Restarts).
+        # Nothing waits for supervisord's RUNNING: `up` asks each program itself.
         parts.append(
             f"[program:{program.name}]\n"
             f"command={_quote_command(dies_with_parent(program.argv, program.stop_signal))}\n"
             f"environment={_quote_environment(program.environment)}\n"
             "autostart=false\n"
             f"autorestart={'false' if program.once else 'true'}\n"
-            f"startsecs={0 if program.once else 5}\n"
+            f"startsecs={0 if program.once else SETTLED_SECONDS}\n"
             "startretries=1000000\n"
             f"stopsignal={program.stop_signal.name.removeprefix('SIG')}\n"
-            f"stopwaitsecs={RUN_GRACE_SECONDS}\n"
+            f"stopwaitsecs={STOP_SECONDS[program.group]}\n"
             f"stopasgroup={'false' if program.group == 'servers' else 'true'}\n"
             "killasgroup=true\n"
             "redirect_stderr=true\n"
@@ -184,6 +190,16 @@ class Supervisord:
         """Start one program without waiting for it."""
         self._call("startProcess", program.full_name, False)
 
+    def start_waiting(self, program: Program) -> None:
+        """Start a program now that supervisord would start later; nothing happens to one that is not waiting."""
+        if self.states()[program.name]["statename"] != "BACKOFF":
+            return
+        try:
+            self._call("stopProcess", program.full_name, False)
+            self.launch(program)
+        except xmlrpc.client.Fault:
+            pass  # it ended again at once, which supervisord's log tells
+
     def states(self) -> dict[str, dict[str, Any]]:
         """What supervisord knows of each program (statename, pid, exitstatus, ...), by program name."""
         return {info["name"]: info for info in self._call("getAllProcessInfo")}
@@ -211,7 +227,7 @@ class Supervisord:
         self._socket.unlink(missing_ok=True)
 
     def _stop_groups(self, groups: tuple[str, ...]) -> None:
-        deadline = time.monotonic() + RUN_GRACE_SECONDS + 1
+        deadline = time.monotonic() + max(STOP_SECONDS[group] for group in groups) + 0.5
         present = {info["group"] for info in self._call("getAllProcessInfo")}
         for group in present.intersection(groups):
             self._call("stopProcessGroup", group, False)
@@ -243,9 +259,53 @@ class Supervisord:
 
 
 EXITED = re.compile(r"exited: (?P<name>\S+) \((?P<reason>[^;)]+)")
+SETTLED = re.compile(r"success: (?P<name>\S+) entered RUNNING state")
 
 
-def read_exit(line: str) -> tuple[str, str] | None:
-    """Name and reason from a line of supervisord's log that tells of a process's end nobody asked for, else None."""
-    match = EXITED.search(line)
-    return None if match is None else (match["name"], match["reason"])
+@dataclass(frozen=True)
+class End:
+    """A process's end nobody asked for; it is started again after ``pause_seconds``, 0 for at once."""
+
+    name: str
+    reason: str
+    pause_seconds: int
+
+
+class Restarts:
+    """Follows supervisord's log: who ended, and when is it tried again.
+
+    supervisord waits a second longer for every end in a row, without a bound; past ``MAX_PAUSE_SECONDS``, ``due``
+    tells whom to start before it would.
+    """
+
+    def __init__(self) -> None:
+        self._settled: set[str] = set()
+        self._ends_in_a_row: dict[str, int] = {}
+        self._due_at: dict[str, float] = {}
+
+    def read(self, line: str, *, now: float) -> End | None:
+        """The end a line tells of, else None. ``now`` is in seconds of any one clock."""
+        if match := SETTLED.search(line):
+            self._settled.add(match["name"])
+            self._ends_in_a_row.pop(match["name"], None)
+            return None
+        match = EXITED.search(line)
+        if match is None:
+            return None
+        name = match["name"]
+        if name in self._settled:
+            self._settled.discard(name)
+            return End(name, match["reason"], 0)
+        in_a_row = self._ends_in_a_row[name] = self._ends_in_a_row.get(name, 0) + 1
+        # Three seconds' room, so that supervisord does not start it at the same moment.
+        if in_a_row < MAX_PAUSE_SECONDS + 3:
+            return End(name, match["reason"], in_a_row)
+        self._due_at[name] = now + MAX_PAUSE_SECONDS
+        return End(name, match["reason"], MAX_PAUSE_SECONDS)
+
+    def due(self, now: float) -> list[str]:
+        """Names to start now; each is told once."""
+        names = [name for name, at in self._due_at.items() if at <= now]
+        for name in names:
+            del self._due_at[name]
+        return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -9,6 +10,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from control.embedded import free_port
 from control.embedded.process import private_text, write_private
@@ -24,18 +26,34 @@ REAL_AWS_VARIABLES = ("AWS_ACCOUNT_ID", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS
 
 @dataclass(frozen=True)
 class PortRule:
-    """How one port is chosen: its variables (the first is named in messages), its default, and who may see it."""
+    """How one port is chosen: its variables (the first set one counts), its default, who may see it, and where it is.
+
+    ``host_variable`` names the setting of the address listened on; without one that is loopback.
+    """
 
     variables: tuple[str, ...]
     default: int
     public: bool = False
+    host_variable: str = ""
+
+    def variable(self, environ: Mapping[str, str]) -> str:
+        """The variable that is set, else the first."""
+        return next((variable for variable in self.variables if environ.get(variable)), self.variables[0])
+
+    def host(self, environ: Mapping[str, str]) -> str:
+        """The address listened on."""
+        return environ.get(self.host_variable) or "127.0.0.1"
 
 
 # Internal defaults lie below the kernel's ephemeral range, so that no outgoing connection takes them.
 PORTS = {
-    "control": PortRule(("CENTRAL_SERVER_PORT", "CLOUDOPTIM_CONTROL_PORT"), 8000, public=True),
+    "control": PortRule(
+        ("CENTRAL_SERVER_PORT", "CLOUDOPTIM_CONTROL_PORT"), 8000, public=True, host_variable="CENTRAL_SERVER_HOST"
+    ),
     "dagster": PortRule(("CLOUDOPTIM_DAGSTER_PORT",), 3000, public=True),
-    "dashboards": PortRule(("CLOUDOPTIM_DASHBOARDS_PORT",), 5006, public=True),
+    "dashboards": PortRule(
+        ("CLOUDOPTIM_DASHBOARDS_PORT",), 5006, public=True, host_variable="CLOUDOPTIM_DASHBOARDS_HOST"
+    ),
     "postgres": PortRule(("CLOUDOPTIM_POSTGRES_PORT",), 15432),
     "redis": PortRule(("CLOUDOPTIM_REDIS_PORT",), 16379),
     "sandbox": PortRule(("CLOUDOPTIM_SANDBOX_PORT",), 14566),
@@ -75,7 +93,7 @@ def with_config_file(environ: Mapping[str, str]) -> dict[str, str]:
 
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-        return {**{str(name): str(value) for name, value in values.items()}, **environ}
+        return {**{str(name): str(value) for name, value in values.items() if value is not None}, **environ}
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UpError(f"CLOUDOPTIM_CONFIG names {path!r}, which is no readable YAML mapping: {error}") from error
 
@@ -102,7 +120,7 @@ def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> di
     chosen: dict[str, int] = {}
     for name in names:
         rule = PORTS[name]
-        variable = next((variable for variable in rule.variables if environ.get(variable)), rule.variables[0])
+        variable = rule.variable(environ)
         text = environ.get(variable, "")
         if text and not (text.isdigit() and int(text) < 65536):
             raise UpError(f"{variable} is {text!r}; set it to a port number from 1 to 65535, or 0 for any free one")
@@ -119,14 +137,37 @@ def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> di
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
+    return listen_error(port, host) is None
+
+
+def listen_error(port: int, host: str) -> OSError | None:
+    """Why a server could not listen there now; ``socket.gaierror`` when the host has no address.
+
+    A name may have several addresses; those this machine does not have count only when it has none of them, as the
+    servers (asyncio) see it.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        return error
+    errors = [_listen_error_at(family, address) for family, _, _, _, address in found]
+    real = [error for error in errors if error and error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}]
+    if real:
+        return real[0]
+    return None if None in errors else errors[0]
+
+
+def _listen_error_at(family: int, address: Any) -> OSError | None:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
             probe.listen(1)
-        except OSError:
-            return False
-        return True
+    except OSError as error:
+        return error
+    return None
 
 
 def generated_secrets(home: Path, environ: Mapping[str, str], *, all_of_them: bool) -> dict[str, str]:

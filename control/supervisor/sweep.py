@@ -9,25 +9,33 @@ import psutil
 
 from control.supervisor.environment import HOME_MARK
 
+SERVER_EXECUTABLES = {"postgres", "redis-server"}
+
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every process marked with this home or standing in it, without this one and its ancestors.
+    """Every process marked with this home and every server standing in it, without this one and its ancestors.
 
-    Postgres and Redis write their titles over their environment, so their data folders are looked at too.
+    Postgres and Redis write their titles over their environment, so they are known by their executable and data folder.
     """
-    data = (home / "postgres", home / "redis")
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
         if process.pid in mine:
             continue
         try:
-            folder = Path(process.cwd())
-            if process.environ().get(HOME_MARK) == str(home) or any(folder.is_relative_to(place) for place in data):
+            if process.environ().get(HOME_MARK) == str(home) or _is_server_in(home, process):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def _is_server_in(home: Path, process: psutil.Process) -> bool:
+    # A person's shell or editor may stand there too.
+    if Path(process.exe()).name not in SERVER_EXECUTABLES:
+        return False
+    folder = Path(process.cwd())
+    return any(folder.is_relative_to(home / name) for name in ("postgres", "redis"))
 
 
 def end_all(home: Path, *, grace_seconds: float) -> list[str]:

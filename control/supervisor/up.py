@@ -23,8 +23,9 @@ from control.embedded import EmbeddedServerError
 from control.embedded.process import POLL_SECONDS, write_private
 from control.settings import Settings, SettingsError
 from control.supervisor import checks
-from control.supervisor.daemon import Program, Supervisord, read_exit
+from control.supervisor.daemon import Program, Restarts, Supervisord
 from control.supervisor.dagster_home import write_dagster_home
+from control.supervisor.environment import with_config_file
 from control.supervisor.errors import UpError
 from control.supervisor.plan import Plan, agent_programs, all_programs, make_plan, read_sandbox
 from control.supervisor.sweep import end_all, processes_of
@@ -35,6 +36,13 @@ MAX_EARLY_ENDS = 3
 WATCH_SECONDS = 1.0
 ORPHAN_GRACE_SECONDS = 6.0
 SWEEP_GRACE_SECONDS = 0.5
+TAIL_BYTES = 64 << 10
+# SQLAlchemy adds the statement, which may have many lines, and a link to an error.
+STATEMENT = re.compile(r"^\[(SQL|parameters):.*?\]$", re.MULTILINE | re.DOTALL)
+NOISE = re.compile(r"\(Background on this error|\[SQL:|\[parameters:|The above exception|During handling of the above")
+TRACEBACK = re.compile(r"(\W+ )?Traceback\b")
+# The class has a lower-case letter, unlike the level a log line begins with.
+RAISED = re.compile(r"(\w+\.)*[A-Z]\w*[a-z]\w*(: .*)?$")
 
 
 # Address, as in addresses.json: the process that serves it (of those started here), and title and setting for people.
@@ -80,6 +88,9 @@ class Up:
         self.programs: list[Program] = []
         self.ready: set[str] = set()
         self._early_ends: dict[str, int] = {}
+        self._restarts = Restarts()
+        # Where in its log the latest run of each program begins.
+        self._log_starts: dict[str, int] = {}
         self._pids: dict[str, int] = {}
         self._daemon_log: LogTail | None = None
         self._follower = Follower(self.console)
@@ -113,13 +124,14 @@ class Up:
     def _start(self, began: float) -> None:
         self.addresses_file.unlink(missing_ok=True)
         self._clear_left_overs()
-        plan = make_plan(self.settings, os.environ)
+        environ = with_config_file(os.environ)
+        plan = make_plan(self.settings, environ)
         if not plan.postgres:
             checks.check_database(plan.database_url, plan.database_setting)
         if not plan.redis:
             checks.check_redis(plan.redis_url, plan.redis_setting)
         for name, port in plan.ports.items():
-            checks.check_port(name, port, self.settings.host if name in {"control", "dashboards"} else "127.0.0.1")
+            checks.check_port(name, port, environ)
         (self.home / "sandbox" / "addresses.json").unlink(missing_ok=True)
         write_dagster_home(self.home)
         self.programs = select(all_programs(plan), self.only)
@@ -157,6 +169,7 @@ class Up:
             for program in waiting:
                 if program.name not in launched:
                     if self.ready.issuperset(program.needs):
+                        self._mark_log(program.name)
                         self.daemon.launch(program)
                         launched[program.name] = time.monotonic()
                 elif self._is_ready(program, states[program.name]):
@@ -196,16 +209,18 @@ class Up:
         once = {program.name for program in self.programs if program.once}
         lines = self._daemon_log.new_lines()
         for line in lines:
-            ended = read_exit(line)
-            if ended is None or ended[0] in once:
+            end = self._restarts.read(line, now=time.monotonic())
+            if end is None or end.name in once:
                 continue
-            name, reason = ended
+            name, reason = end.name, end.reason
             if name not in self.ready:
                 self._early_ends[name] = self._early_ends.get(name, 0) + 1
                 if self._early_ends[name] >= MAX_EARLY_ENDS:
                     raise UpError(f"{name} does not start ({reason}): {self._last_words(name)}")
             words = escape(self._last_words(name))
-            self._say(f"[yellow]![/] {name} ended ({reason}) and is started again; its last words: {words}")
+            self._mark_log(name)
+            when = f"in {end.pause_seconds} s" if end.pause_seconds else "at once"
+            self._say(f"[yellow]![/] {name} ended ({reason}) and is started again {when}; its last words: {words}")
         return bool(lines)
 
     def _watch(self) -> None:
@@ -218,6 +233,10 @@ class Up:
             # supervisord writes a line for whatever changes: as long as there is none, nobody has to be asked.
             if self._report_ends():
                 self._write_addresses(self._plan)
+            due = self._restarts.due(time.monotonic())
+            for program in self.programs:
+                if program.name in due:
+                    self.daemon.start_waiting(program)
             self._follower.show(self._logs())
             time.sleep(POLL_SECONDS * 10 if self.follow else WATCH_SECONDS)
 
@@ -271,10 +290,17 @@ class Up:
         return {name: url for name, url in plan.addresses.items() if url and (name in external or name not in absent)}
 
     def _last_words(self, name: str) -> str:
-        """The line of a program's log that tells most, with the log's place."""
+        """The line that tells most of what a program wrote in its latest run, with the log's place."""
+        log = self._log_of(name)
+        return f"{telling_line(text_since(log, self._log_starts.get(name, 0)))} (log: {log})"
+
+    def _mark_log(self, name: str) -> None:
+        log = self._log_of(name)
+        self._log_starts[name] = log.stat().st_size if log.exists() else 0
+
+    def _log_of(self, name: str) -> Path:
         assert self.daemon is not None
-        log = self.daemon.log_folder / f"{name}.log"
-        return f"{telling_line(log.read_text(errors='replace') if log.exists() else '')} (log: {log})"
+        return self.daemon.log_folder / f"{name}.log"
 
     def _logs(self) -> list[Path]:
         if not self.follow or self.daemon is None:
@@ -286,11 +312,29 @@ class Up:
         self.console.print(text)
 
 
+def text_since(log: Path, start: int) -> str:
+    """The text of a log from an offset on, at most its last ``TAIL_BYTES``; all of it when it was rotated since."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(start if start <= size else 0, size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
 def telling_line(log: str) -> str:
-    """The last line that speaks of an error among the last 40, else the last one with a word in it."""
-    lines = [line.strip() for line in log.splitlines()[-40:] if re.search(r"[A-Za-z]{2}", line)]
-    errors = [line for line in lines if re.search(r"error|fatal|refuse|cannot|failed", line, re.IGNORECASE)]
-    return (errors or lines or ["no output"])[-1]
+    """Of the last 40 lines: the error that ends the last traceback, else the last that speaks of one, else the last."""
+    log = STATEMENT.sub("", log)
+    lines = [line.rstrip() for line in log.splitlines() if re.search(r"[A-Za-z]{2}", line) and not NOISE.match(line)]
+    heads = [number for number, line in enumerate(lines) if TRACEBACK.match(line)]
+    for number in range(heads[-1] + 1 if heads else len(lines), len(lines)):
+        # The frames between are indented.
+        if RAISED.match(lines[number]):
+            if number >= len(lines) - 40:
+                return lines[number]
+            break
+    errors = [line for line in lines[-40:] if re.search(r"error|fatal|refuse|cannot|failed", line, re.IGNORECASE)]
+    return (errors or lines or ["no output"])[-1].strip()
 
 
 def select(programs: list[Program], only: tuple[str, ...]) -> list[Program]:

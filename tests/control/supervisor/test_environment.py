@@ -1,13 +1,20 @@
 """Ports, secrets and variables of a home, and supervisord's configuration."""
 
 import configparser
+import errno
+import os
+import re
+import shutil
 import socket
 import stat
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from control.supervisor.daemon import Program, read_exit, render_programs
+from control.supervisor.checks import check_port, port_cause
+from control.supervisor.daemon import MAX_PAUSE_SECONDS, End, Program, Restarts, Supervisord, render_programs
 from control.supervisor.environment import (
     PORTS,
     SECRETS,
@@ -20,7 +27,8 @@ from control.supervisor.environment import (
 )
 from control.supervisor.errors import UpError
 from control.supervisor.plan import dagster_storage_url
-from control.supervisor.up import telling_line
+from control.supervisor.sweep import end_all, processes_of
+from control.supervisor.up import telling_line, text_since
 
 
 @pytest.mark.parametrize(
@@ -128,16 +136,91 @@ def test_a_value_supervisord_cannot_carry_is_refused():
     [
         (
             "2026-01-01 00:00:00,000 WARN exited: worker (terminated by SIGKILL; not expected)",
-            ("worker", "terminated by SIGKILL"),
+            End("worker", "terminated by SIGKILL", 1),
         ),
-        ("2026-01-01 00:00:00,000 WARN exited: control (exit status 1; not expected)", ("control", "exit status 1")),
-        ("2026-01-01 00:00:00,000 INFO exited: agent-a (exit status 0; expected)", ("agent-a", "exit status 0")),
+        (
+            "2026-01-01 00:00:00,000 WARN exited: control (exit status 1; not expected)",
+            End("control", "exit status 1", 1),
+        ),
+        ("2026-01-01 00:00:00,000 INFO exited: agent-a (exit status 0; expected)", End("agent-a", "exit status 0", 1)),
         ("2026-01-01 00:00:00,000 INFO stopped: worker (exit status 0)", None),
         ("2026-01-01 00:00:00,000 INFO spawned: 'worker' with pid 1", None),
     ],
 )
 def test_ends_are_read_from_supervisords_log(line, expected):
-    assert read_exit(line) == expected
+    assert Restarts().read(line, now=0.0) == expected
+
+
+def test_pauses_grow_until_the_process_stayed_up():
+    restarts = Restarts()
+    end = "WARN exited: worker (exit status 1; not expected)"
+    other = "WARN exited: redis (exit status 1; not expected)"
+    up = "INFO success: worker entered RUNNING state, process has stayed up for > than 30 seconds (startsecs)"
+    found = [restarts.read(line, now=0.0) for line in (end, end, other, end, up, end, end)]
+    pauses = [end.pause_seconds for end in found if end]
+    assert pauses == [1, 2, 1, 3, 0, 1]
+
+
+def test_pauses_are_bounded():
+    restarts = Restarts()
+    end = "WARN exited: worker (exit status 1; not expected)"
+    pauses = [restarts.read(end, now=0.0).pause_seconds for _ in range(MAX_PAUSE_SECONDS + 2)]
+    assert pauses == list(range(1, MAX_PAUSE_SECONDS + 3))
+    assert restarts.due(1e9) == []
+    for began in (1000.0, 2000.0):
+        assert restarts.read(end, now=began).pause_seconds == MAX_PAUSE_SECONDS
+        assert restarts.due(began + MAX_PAUSE_SECONDS - 1) == []
+        assert restarts.due(began + MAX_PAUSE_SECONDS) == ["worker"]
+        assert restarts.due(began + MAX_PAUSE_SECONDS) == []
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    """A real supervisord with nothing to do."""
+    (tmp_path / "run").mkdir()
+    daemon = Supervisord(tmp_path, {"PATH": os.environ["PATH"]})
+    yield daemon
+    daemon.stop()
+
+
+def spawns(daemon: Supervisord, count: int, seconds: float) -> list[float]:
+    """When supervisord started its program the first ``count`` times, in seconds of a monotonic clock."""
+    seen: list[float] = []
+    deadline = time.monotonic() + seconds
+    while len(seen) < count:
+        assert time.monotonic() < deadline, daemon.log.read_text()
+        if daemon.log.read_text().count("spawned: 'p'") > len(seen):
+            seen.append(time.monotonic())
+        time.sleep(0.02)
+    return seen
+
+
+def test_a_process_that_dies_some_seconds_after_each_start_gets_growing_pauses(daemon):
+    lifetime = 6
+    program = Program("p", [shutil.which("sleep"), str(lifetime)])
+    daemon.start([program])
+    daemon.launch(program)
+    first, second, third = spawns(daemon, 3, 30)
+    pauses = [second - first - lifetime, third - second - lifetime]
+    assert pauses[0] >= 0.9
+    assert pauses[1] >= 1.9
+    restarts = Restarts()
+    ends = [restarts.read(line, now=0.0) for line in daemon.log.read_text().splitlines()]
+    assert [end.pause_seconds for end in ends if end] == [1, 2]
+
+
+def test_a_waiting_process_can_be_started_before_its_pause_is_over(daemon):
+    program = Program("p", [shutil.which("false")])
+    daemon.start([program])
+    daemon.launch(program)
+    spawns(daemon, 3, 20)  # the next pause is 3 s
+    began = time.monotonic()
+    while daemon.states()["p"]["statename"] != "BACKOFF":
+        assert time.monotonic() < began + 2
+    daemon.start_waiting(program)
+    assert daemon.log.read_text().count("spawned: 'p'") == 4
+    while daemon.states()["p"]["statename"] != "BACKOFF":
+        assert time.monotonic() < began + 4
 
 
 @pytest.mark.parametrize(
@@ -149,10 +232,132 @@ def test_ends_are_read_from_supervisords_log(line, expected):
             "Traceback\nUndefinedColumn: error: no column\nLINE 1: SELECT x\n        ^\n",
             "UndefinedColumn: error: no column",
         ),
+        (
+            "Traceback (most recent call last):\n"
+            '  File "a.py", line 1, in a\n'
+            "    raise KeyError\n"
+            "    ^^^^~~~~~~~~~~\n"
+            "KeyError: 'first'\n\n"
+            "The above exception was the direct cause of the following exception:\n\n"
+            "Traceback (most recent call last):\n"
+            '  File "b.py", line 1, in b\n'
+            "    connect()\n"
+            "sqlalchemy.exc.OperationalError: (psycopg.OperationalError) connection refused\n"
+            "[SQL: SELECT failed\n"
+            "FROM error_log]\n"
+            "[parameters: {'error': 1}]\n"
+            "(Background on this error at: https://sqlalche.me/e/20/e3q8)\n"
+            "INFO: shutting down\n"
+            "ERROR:    Application startup failed. Exiting.\n",
+            "sqlalchemy.exc.OperationalError: (psycopg.OperationalError) connection refused",
+        ),
+        (
+            "Traceback (most recent call last):\nValueError: long ago\n"
+            + "working\n" * 60
+            + "FATAL: out of memory\nbye\n",
+            "FATAL: out of memory",
+        ),
     ],
 )
 def test_the_line_that_tells_most_is_shown(log, expected):
     assert telling_line(log) == expected
+
+
+def test_an_error_of_an_earlier_run_is_not_shown(tmp_path):
+    log = tmp_path / "worker.log"
+    assert text_since(log, 0) == ""
+    log.write_text("KeyError: of yesterday\n")
+    start = log.stat().st_size
+    assert telling_line(text_since(log, start)) == "no output"
+    with log.open("a") as file:
+        file.write("stopped by itself\n")
+    assert telling_line(text_since(log, start)) == "stopped by itself"
+    log.write_text("rotated\n")
+    assert text_since(log, start) == "rotated\n"
+
+
+def test_what_stands_in_a_servers_folder_is_swept_only_if_it_is_the_server(tmp_path):
+    """The same long-lived program once under a person's name and once under the server's."""
+    folder = tmp_path / "postgres" / "data"
+    folder.mkdir(parents=True)
+    server = tmp_path / "bin" / "postgres"
+    server.parent.mkdir()
+    shutil.copy(shutil.which("sleep"), server)
+    shell, left_over = (
+        subprocess.Popen([program, "60"], cwd=folder, env={}) for program in (shutil.which("sleep"), server)
+    )
+    try:
+        assert [process.pid for process in processes_of(tmp_path)] == [left_over.pid]
+        server.unlink()  # an upgraded package replaces the file under the running server
+        assert end_all(tmp_path, grace_seconds=2) == ["postgres"]
+        assert left_over.poll() is not None
+        assert shell.poll() is None
+    finally:
+        for process in (shell, left_over):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def taken():
+    """Listens on a loopback port of the given family; returns the port."""
+    sockets = []
+
+    def take(host: str) -> int:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sockets.append(listener)
+        try:
+            listener.bind((host, 0))
+        except OSError as error:
+            pytest.skip(f"this machine has no {host}: {error}")
+        listener.listen()
+        return listener.getsockname()[1]
+
+    yield take
+    for listener in sockets:
+        listener.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_port_in_use_names_the_variable_that_was_set(taken, host):
+    port = taken("127.0.0.1")
+    for variable in PORTS["control"].variables:
+        with pytest.raises(UpError, match=rf"port {port} for control is in use.* set {variable} to"):
+            check_port("control", port, {variable: str(port), "CENTRAL_SERVER_HOST": host})
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_ipv6_addresses_are_checked(taken, host):
+    port = taken("::1")
+    with pytest.raises(UpError, match=f"port {port} for dashboards is in use"):
+        check_port("dashboards", port, {"CLOUDOPTIM_DASHBOARDS_HOST": host})
+    check_port("dashboards", port, {})
+
+
+def test_each_server_is_checked_where_it_listens(taken):
+    port = taken("127.0.0.1")
+    check_port("dashboards", port, {"CLOUDOPTIM_DASHBOARDS_HOST": "127.0.0.2"})
+    with pytest.raises(UpError, match="in use"):
+        check_port("dashboards", port, {"CENTRAL_SERVER_HOST": "127.0.0.2"})
+    with pytest.raises(UpError, match="in use"):
+        check_port("dagster", port, {"CENTRAL_SERVER_HOST": "127.0.0.2"})
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "no.such.host.invalid"])
+@pytest.mark.parametrize(
+    ("name", "setting"), [("control", "CENTRAL_SERVER_HOST"), ("dashboards", "CLOUDOPTIM_DASHBOARDS_HOST")]
+)
+def test_a_foreign_address_names_the_hosts_setting(name, setting, host):
+    with pytest.raises(UpError, match=f"{re.escape(host)}: it is no address of this machine; set {setting} to"):
+        check_port(name, 1, {setting: host})
+
+
+def test_a_privileged_port_is_told_from_a_used_one():
+    # Some kernels let anyone have these ports and root always may, so the kernel's answer is given here.
+    cause = port_cause(PermissionError(errno.EACCES, "Permission denied"), "dagster", 80, {})
+    assert (
+        cause == "port 80 for dagster needs root, as ports below 1024 do; set CLOUDOPTIM_DAGSTER_PORT to a higher one"
+    )
 
 
 def test_config_file_stands_below_the_environment(tmp_path):

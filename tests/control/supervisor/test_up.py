@@ -46,7 +46,7 @@ def test_life_of_a_home(start):
 
     redis = run.addresses["processes"]["redis"]["pid"]
     os.kill(redis, signal.SIGKILL)
-    run.until(lambda: "redis ended (terminated by SIGKILL) and is started again" in run.text, 20)
+    run.until(lambda: "redis ended (terminated by SIGKILL) and is started again in 1 s" in run.text, 20)
     run.until(lambda: run.addresses["processes"].get("redis", {}).get("pid") not in {None, redis}, 20)
 
     assert run.stop() < STOP_SECONDS
