@@ -28,7 +28,9 @@ def role_statements() -> list[str]:
     """Create the roles where they are missing (roles belong to the whole server) and let the login use them."""
     create = """
         DO $$ BEGIN
-            CREATE ROLE {role} NOLOGIN NOBYPASSRLS;
+            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') THEN
+                CREATE ROLE {role} NOLOGIN NOBYPASSRLS;
+            END IF;
         EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
         END $$"""
     # Granting a role one already has is an update of the same catalogue row: two migrations at once would collide.
