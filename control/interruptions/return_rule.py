@@ -312,6 +312,9 @@ WAIT = Move("wait", "")
 def next_move(at: Progress, now: datetime) -> Move:
     """The next move of a plan. Nothing is begun while an interruption is in flight, or while the kill switch is on."""
     if at.terminating:
+        # The call may not have been made yet: what holds for a first one holds for its repetition.
+        if not at.old_gone and (at.interruptions_in_flight or at.stopped):
+            return WAIT
         return Move("terminate", "again, until EC2 says it is ending")
     if at.launch in ("exhausted", "cancelled"):
         if at.old_gone or at.stop_requested:

@@ -227,11 +227,13 @@ async def _terminate(launcher: Launcher, plan: Plan) -> None:
         cluster = (await launch_repository.cluster_facts(conn, [plan.cluster_id]))[plan.cluster_id]
     credentials = await launcher.credentials(cluster)
     instances: Mapping[str, Any] = await launcher.describe(cluster.region, credentials, [plan.instance_id])
-    if not _ending(instances.get(plan.instance_id)):
+    # EC2 forgets an instance about an hour after its end, and its node went long before.
+    forgotten = plan.old_gone and plan.instance_id not in instances
+    if not forgotten and not _ending(instances.get(plan.instance_id)):
         if not await claim_endings(runtime, plan.cluster_id):
             return
         instances = await terminate_ours(launcher, cluster, credentials, [plan.instance_id], reason="return_to_spot")
-    if not _ending(instances.get(plan.instance_id)):
+    if not forgotten and not _ending(instances.get(plan.instance_id)):
         return
     async with runtime.db.system() as conn:
         await return_repository.step(conn, plan.id, 3, "done")

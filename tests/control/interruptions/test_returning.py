@@ -169,6 +169,7 @@ def test_a_plan_moves_forward_holds_and_ends() -> None:
     for held in ({"interruptions_in_flight": 1}, {"stopped": True}):
         assert next_move(replace(AT, **held), NOW).do == "wait"
         assert next_move(replace(done, old_cordoned=True, **held), NOW).do == "wait"
+        assert next_move(replace(done, old_cordoned=True, terminating=True, **held), NOW).do == "wait"
     # The agent's word is compared with its reports.
     assert next_move(done, NOW).do == "wait"
     assert next_move(done, NOW + timedelta(minutes=6)).end == "stuck"
