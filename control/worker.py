@@ -134,7 +134,7 @@ class Worker:
         await self.runtime.bells.start()
         log.info("worker.started", worker=self.runtime.worker, deployment=self.runtime.deployment_id)
         tasks = [asyncio.create_task(self._keep(loop), name=loop.name) for loop in self.loops()]
-        tasks.append(asyncio.create_task(self.intake.run(self.stop), name="intake"))
+        tasks.append(asyncio.create_task(self._keep_intake(), name="intake"))
         tasks.append(
             asyncio.create_task(
                 keep_consuming(self.settings.redis_url, self._handlers(), self.stop, consumer=self.runtime.worker),
@@ -156,6 +156,20 @@ class Worker:
 
     def _handlers(self) -> Handlers:
         return handlers(self.runtime.db, self.runtime.bells)
+
+    async def _keep_intake(self) -> None:
+        """Read queues until ``stop`` is set; should that ever end before, it is told and started again."""
+        while True:
+            error: Exception | None = None
+            try:
+                await self.intake.run(self.stop)
+            except Exception as raised:
+                error = raised
+            if self.stop.is_set():
+                return
+            metrics.LOOP_FAILURES.labels("intake", type(error).__name__).inc()
+            log.error("worker.intake_ended", exc_info=error)
+            await self._until_stop(FAILURE_PAUSE_SECONDS[0])
 
     async def _keep(self, loop: Loop) -> None:
         """Run a loop for ever: an error is counted and told, and the next round comes after a growing pause."""

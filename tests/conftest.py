@@ -19,9 +19,18 @@ import psutil
 import psycopg
 import pytest
 import redis
+import structlog
 
 from control.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from warehouse.postgres.migrate import upgrade
+
+# Rich tracebacks take seconds each, in the process whose loops the tests time.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PREFIX = "cloudoptim-test-"

@@ -177,7 +177,11 @@ async def set_kill_switch(context: AppContext, principal: Principal, customer_id
 
 
 async def verify_customer(context: AppContext, principal: Principal, customer_id: UUID) -> VerifyAnswer:
-    """Probe role and queue; all well makes the customer ``active``, anything else leaves or makes it ``pending``."""
+    """Probe role and queue; all well makes the customer ``active``.
+
+    Anything else leaves it ``pending``, or makes it ``degraded`` when it was verified before: its queue is read on and
+    its instances are watched on, for the trouble may be over by itself. Only a new role or queue makes it ``pending``.
+    """
     principal.customer(customer_id)
     async with principal.scope(context.db) as conn:
         customer = await _require(conn, customer_id)
@@ -193,12 +197,15 @@ async def verify_customer(context: AppContext, principal: Principal, customer_id
         region=context.settings.aws_region,
     )
     ok = all(check.ok for check in checks)
-    status = "active" if ok else "pending"
     async with principal.scope(context.db) as conn:
         current = await _require(conn, customer_id)
         unchanged = (current.aws_role_arn, current.sqs_queue_url) == (customer.aws_role_arn, customer.sqs_queue_url)
         if not unchanged:
             raise Conflict("The customer's role or queue was changed meanwhile; verify again.")
+        if current.status == "suspended":
+            raise Conflict("The customer was suspended meanwhile; lift the suspension before verifying.")
+        failed_status = "degraded" if current.status in ("active", "degraded") else "pending"
+        status = "active" if ok else failed_status
         await repository.update_customer(conn, customer_id, {"status": status})
         await audit.record(
             conn,

@@ -58,6 +58,8 @@ LONG_POLL_GRACE_SECONDS = 10.0
 # NTH's and Karpenter's value: a message whose handler died comes back with 95 s of its notice left (C-01).
 VISIBILITY_TIMEOUT_SECONDS = 20
 RECEIVE_BATCH = 10
+# The operation named when the server's own credentials are the trouble, before anything was sent to AWS.
+OWN_CREDENTIALS = "OwnCredentials"
 # With one answer in ten lost, sixty pages are read to their end nine times of ten.
 PAGE_TRIES = 3
 
@@ -172,17 +174,27 @@ class AwsGateway:
         """The server's own credentials, from the environment, a profile or the machine's role.
 
         Raises:
-            AwsError: ``NoCredentials`` when there are none.
+            AwsError: ``NoCredentials`` when there are none; ``Unreachable`` of ``OwnCredentials`` when what gives them
+                (a profile, a process, the machine's role) failed. Nothing was sent then, and it may be over by itself.
         """
-        found = await asyncio.to_thread(self._botocore.get_credentials)
-        if found is None:
+        try:
+            found = await asyncio.to_thread(self._botocore.get_credentials)
+            frozen = await asyncio.to_thread(found.get_frozen_credentials) if found is not None else None
+        except Exception as error:
+            # Providers run programs and read files and answers, and let through whatever these raise. Customers see
+            # the message, so what such a program printed stays out of it.
+            raise AwsError(
+                OWN_CREDENTIALS,
+                "Unreachable",
+                f"the server's own AWS credentials could not be read or renewed ({type(error).__name__})",
+            ) from error
+        if frozen is None:
             raise AwsError(
                 "AssumeRole",
                 "NoCredentials",
                 "the server has no AWS credentials of its own; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "or run it with an instance profile or task role",
             )
-        frozen = await asyncio.to_thread(found.get_frozen_credentials)
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
     async def assume(self, role: Role) -> Credentials:
@@ -190,7 +202,7 @@ class AwsGateway:
         away, those that still live are used on.
 
         Raises:
-            AwsError: as STS answered, or ``NoCredentials``.
+            AwsError: as STS answered, or as of ``own_credentials``.
         """
         key = (role.role_arn, role.external_id)
         session = self._sessions.get(key)

@@ -86,12 +86,13 @@ async def list_quarantine(
     principal: Reader,
     context: Context,
     customer_id: UUID | None = None,
-    before: datetime | None = None,
+    before: str | None = None,
     limit: Limit = 100,
 ) -> QuarantineList:
-    """Messages that were not acted on, each with the reason, newest first."""
+    """Messages that were not acted on, each with the reason, newest first. ``before`` is a time, or the ``next`` of the
+    page before."""
     found = await views.list_quarantine(context.db, principal, customer_id=customer_id, before=before, limit=limit)
-    return QuarantineList(messages=found, next=found[-1].received_at if len(found) == limit else None)
+    return QuarantineList(messages=found, next=views.place(found[-1]) if len(found) == limit else None)
 
 
 @router.post("/quarantine/{message_id}/replay")

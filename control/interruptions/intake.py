@@ -20,7 +20,15 @@ from uuid import UUID
 import structlog
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 
-from control.gateways.aws import RECEIVE_BATCH, THROTTLE_CODES, AwsError, QueueAddress, Role, SqsMessage
+from control.gateways.aws import (
+    OWN_CREDENTIALS,
+    RECEIVE_BATCH,
+    THROTTLE_CODES,
+    AwsError,
+    QueueAddress,
+    Role,
+    SqsMessage,
+)
 from control.interruptions import answers, intake_repository, metrics
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Facts, Received, UnknownCustomer, ingest, set_aside
@@ -54,6 +62,12 @@ GIVE_BACK_SECONDS = 0.4
 DATABASE_BACKOFF_SECONDS = (0.2, 2.0)
 # A message that cannot be taken in alone either is set aside after this many tries: another writer may be why.
 ALONE_TRIES = 3
+# A batch that fails this often while Postgres answers is taken in one by one: what is refused may be one message.
+TOGETHER_TRIES = 5
+# program_limit_exceeded and its kin: psycopg calls them operational, but the row is too large and stays so.
+_CONTENT_CLASS = "54"
+# Postgres is there but cannot write, whatever it is given: full, starting, stopping, a standby.
+_AWAY_STATES = ("08", "25006", "53", "57P", "58")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +115,16 @@ class Health:
 def lies_in_the_content(error: Exception) -> bool:
     """Whether trying the same messages again cannot help: their content is what our code or Postgres cannot take."""
     if isinstance(error, StatementError):
-        return not isinstance(error, DBAPIError) or isinstance(error, DataError | IntegrityError)
+        return (
+            not isinstance(error, DBAPIError)
+            or isinstance(error, DataError | IntegrityError)
+            or _sqlstate(error).startswith(_CONTENT_CLASS)
+        )
     return not isinstance(error, SQLAlchemyError | OSError | RuntimeError)
+
+
+def _sqlstate(error: Exception) -> str:
+    return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
 
 
 class Intake:
@@ -125,9 +147,10 @@ class Intake:
                     await self._follow_customers()
                     delay = DATABASE_BACKOFF_SECONDS[0]
                     pause = CUSTOMERS_SECONDS
-                except (SQLAlchemyError, OSError) as error:
+                except Exception as error:
                     metrics.LOOP_FAILURES.labels("customers", type(error).__name__).inc()
-                    log.warning("intake.database_away", error=type(error).__name__)
+                    expected = isinstance(error, SQLAlchemyError | OSError)
+                    log.warning("intake.database_away", error=type(error).__name__, exc_info=not expected)
                     pause, delay = delay, min(delay * 2, DATABASE_BACKOFF_SECONDS[1])
                 await _sleep(stop, pause)
         finally:
@@ -140,14 +163,26 @@ class Intake:
                 row.id: Source(row.id, row.sqs_queue_url, Role(row.id, row.aws_role_arn, row.external_id))
                 for row in await intake_repository.sources(conn)
             }
-        for customer_id, reader in list(self.readers.items()):
-            if wanted.get(customer_id) != reader.source:
-                del self.readers[customer_id]
-                await reader.close()
+        leaving = {
+            customer_id: reader
+            for customer_id, reader in self.readers.items()
+            if wanted.get(customer_id) != reader.source
+        }
+        for customer_id in leaving:
+            del self.readers[customer_id]
+        try:
+            self._start_readers({id: source for id, source in wanted.items() if id not in leaving})
+            await self._tell()
+        finally:
+            # Each may take seconds; nobody else waits for them.
+            await asyncio.gather(*(reader.close() for reader in leaving.values()))
+        # A customer's new reader only now: its commits never overlap.
+        self._start_readers(wanted)
+
+    def _start_readers(self, wanted: dict[UUID, Source]) -> None:
         for customer_id, source in wanted.items():
             if customer_id not in self.readers:
                 self.readers[customer_id] = QueueReader(self.runtime, self.facts, source, self.turns)
-        await self._tell()
 
     async def _tell(self) -> None:
         """Write down which queues work and which do not, whatever their readers are waiting for."""
@@ -192,6 +227,9 @@ class QueueReader:
         self._room = asyncio.Event()
         self._room.set()
         self._closing = False
+        # Whether the last commit failed because Postgres was away, and since when it refuses what it is given.
+        self._away = False
+        self._refused_since: float | None = None
         self._taking: list[SqsMessage] = []
         self._receiving: set[asyncio.Task[None]] = set()
         self._finishing: set[asyncio.Task[None]] = set()
@@ -202,6 +240,13 @@ class QueueReader:
         task = asyncio.create_task(work, name=f"queue {self.source.customer_id}")
         group.add(task)
         task.add_done_callback(group.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """None of the tasks ends with an error of its own will: an operator is told of one that does."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            metrics.LOOP_FAILURES.labels("intake", type(error).__name__).inc()
+            log.error("intake.task_ended", customer_id=str(self.source.customer_id), exc_info=error)
 
     async def close(self) -> None:
         """Receive no more, commit and delete what was received, and give back what could not be: others get it at
@@ -224,7 +269,7 @@ class QueueReader:
                     await self.runtime.aws.give_back(
                         self._queue, handles[start : start + RECEIVE_BATCH], credentials=credentials
                     )
-        except (AwsError, TimeoutError) as error:
+        except Exception as error:
             # They come back by themselves when their visibility timeout is over.
             log.info("intake.not_given_back", customer_id=str(self.source.customer_id), error=str(error)[:200])
 
@@ -243,7 +288,8 @@ class QueueReader:
                 while full and self.receivers < MAX_RECEIVERS and not self._closing:
                     self.receivers += 1
                     self._start(self._help(), self._receiving)
-            except (AwsError, ValueError) as error:
+            except Exception as error:
+                # Whatever it is: the queue is asked again, later and later.
                 await self._failed(error)
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
                 delay = min(delay * 2, BACKOFF_SECONDS[1])
@@ -253,7 +299,7 @@ class QueueReader:
         try:
             while not self._closing and await self._receive(long=False):
                 await self._room.wait()
-        except (AwsError, ValueError) as error:
+        except Exception as error:
             log.info("intake.helper_ended", customer_id=str(self.source.customer_id), error=str(error)[:200])
         finally:
             self.receivers -= 1
@@ -284,7 +330,6 @@ class QueueReader:
     # --- committing
 
     async def _commit(self) -> None:
-        delay = DATABASE_BACKOFF_SECONDS[0]
         while True:
             await self._filled.wait()
             if self._closing and not self._buffer:
@@ -293,26 +338,61 @@ class QueueReader:
             self._taking = batch
             if not self._buffer and not self._closing:
                 self._filled.clear()
-            while True:
-                try:
-                    await self._take_in(batch)
-                    self._taking = []
-                    delay = DATABASE_BACKOFF_SECONDS[0]
-                    break
-                except UnknownCustomer:
-                    return
-                except Exception as error:
-                    if lies_in_the_content(error):
-                        await self._take_in_one_by_one(batch)
-                        self._taking = []
-                        break
-                    # Nothing was taken in; the messages are still in the queue, but trying again is faster.
-                    metrics.LOOP_FAILURES.labels("intake", type(error).__name__).inc()
-                    log.warning("intake.commit_failed", error=type(error).__name__, messages=len(batch))
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 2, DATABASE_BACKOFF_SECONDS[1])
+            try:
+                await self._take_in_somehow(batch)
+            except UnknownCustomer:
+                return
+            self._taking = []
             if len(self._buffer) < MAX_BUFFERED:
                 self._room.set()
+
+    async def _take_in_somehow(self, batch: list[SqsMessage]) -> None:
+        """Together; one by one when the content of one of them is, or may be, what fails.
+
+        Raises:
+            UnknownCustomer: there is nobody to take them in for.
+        """
+        delay, refused = DATABASE_BACKOFF_SECONDS[0], 0
+        while True:
+            try:
+                await self._take_in(batch)
+                return
+            except UnknownCustomer:
+                raise
+            except Exception as error:
+                if not lies_in_the_content(error):
+                    # Nothing was taken in; the messages are still in the queue, but trying again is faster.
+                    metrics.LOOP_FAILURES.labels("intake", type(error).__name__).inc()
+                    refused += await self._refuses(error, len(batch))
+                    if refused < TOGETHER_TRIES:
+                        await asyncio.sleep(delay)
+                        delay = min(delay * 2, DATABASE_BACKOFF_SECONDS[1])
+                        continue
+            await self._take_in_one_by_one(batch)
+            return
+
+    async def _refuses(self, error: Exception, messages: int) -> bool:
+        """Whether Postgres answers and yet takes nothing in; otherwise it is away, and comes back by itself."""
+        self._away = _sqlstate(error).startswith(_AWAY_STATES) or not await self._database_answers()
+        log.warning(
+            "intake.commit_failed",
+            customer_id=str(self.source.customer_id),
+            error=type(error).__name__,
+            sqlstate=_sqlstate(error),
+            messages=messages,
+            database="away" if self._away else "answers",
+        )
+        if not self._away and self._refused_since is None:
+            self._refused_since = time.monotonic()
+        return not self._away
+
+    async def _database_answers(self) -> bool:
+        try:
+            # Taking a role is a statement of its own.
+            async with self.turns, self.runtime.intake_db.system():
+                return True
+        except Exception:
+            return False
 
     async def _take_in(self, batch: list[SqsMessage]) -> None:
         assert self._queue is not None
@@ -327,6 +407,7 @@ class QueueReader:
                 ],
                 queue_region=self._queue.region,
             )
+        self._away, self._refused_since = False, None
         # Only now, after the commit.
         self._start(self._delete([message.receipt_handle for message in batch]), self._finishing)
         await done.ring(self.runtime.bells)
@@ -339,11 +420,11 @@ class QueueReader:
                     await self._take_in([message])
                     break
                 except UnknownCustomer:
-                    return
+                    raise
                 except Exception as error:
                     if not lies_in_the_content(error):
-                        # Postgres went away: it comes again, and is taken apart again.
-                        log.warning("intake.commit_failed", error=type(error).__name__, messages=1)
+                        # It comes again, and is taken apart again.
+                        await self._refuses(error, 1)
                         break
                     if attempt == ALONE_TRIES - 1:
                         await self._set_aside(message, error)
@@ -359,10 +440,11 @@ class QueueReader:
         cause = type(error.orig if isinstance(error, DBAPIError) else error).__name__
         try:
             await set_aside(self.runtime.intake_db, await self.facts.of(self.source.customer_id), received, cause)
-        except (SQLAlchemyError, OSError, RuntimeError) as failure:
+        except Exception as failure:
             # Not even that: it stays in the queue, for its dead letters.
-            log.warning("intake.commit_failed", error=type(failure).__name__, messages=1)
+            await self._refuses(failure, 1)
             return
+        self._away, self._refused_since = False, None
         self._start(self._delete([message.receipt_handle]), self._finishing)
 
     async def _delete(self, handles: list[str]) -> None:
@@ -379,11 +461,11 @@ class QueueReader:
             )
             undeleted = [code for codes in failed for code in codes]
             self.health.deleting = None
-        except AwsError as error:
-            undeleted = [error.code]
-            trouble = explain(error)
+        except Exception as error:
+            undeleted = [error.code if isinstance(error, AwsError) else type(error).__name__]
             # Only the right to delete has to be mended by a person.
-            self.health.deleting = trouble if trouble.lasting else self.health.deleting
+            if isinstance(error, AwsError) and (trouble := explain(error)).lasting:
+                self.health.deleting = trouble
         if undeleted:
             # They come again and are recognised.
             metrics.UNDELETED.inc(len(undeleted))
@@ -393,11 +475,25 @@ class QueueReader:
 
     def trouble(self, now: float) -> Trouble | None:
         """What is wrong with this queue, or None. While our own database keeps us from reading, AWS is not to blame."""
-        if not self._room.is_set():
+        if not self._room.is_set() and self._away:
             self.health.heard_at = now
+        stuck_since = self._refused_since
+        if stuck_since is None and not self._room.is_set():
+            stuck_since = self.health.heard_at
+        if not self._away and stuck_since is not None and now - stuck_since > DEGRADED_AFTER_SECONDS:
+            return Trouble(
+                f"messages were received but could not be taken in for more than {DEGRADED_AFTER_SECONDS:.0f} s",
+                "the worker's log says why (intake.commit_failed); they stay in the queue and are tried again",
+                lasting=False,
+            )
         return self.health.trouble(now)
 
-    async def _failed(self, error: AwsError | ValueError) -> None:
+    async def _failed(self, error: Exception) -> None:
+        if not isinstance(error, AwsError | ValueError):
+            metrics.LOOP_FAILURES.labels("poll", type(error).__name__).inc()
+            log.warning("intake.poll_failed", customer_id=str(self.source.customer_id), exc_info=error)
+        elif isinstance(error, AwsError) and error.operation == OWN_CREDENTIALS:
+            log.warning("intake.own_credentials", error=repr(error.__cause__)[:500])
         self.health.receiving = explain(error)
         trouble = self.health.trouble(time.monotonic())
         if trouble is not None:
@@ -414,18 +510,31 @@ class QueueReader:
                     conn, self.source.customer_id, detector="sqs", reason=trouble.reason, remedy=trouble.remedy
                 )
             self.health.told = trouble
-        except (SQLAlchemyError, OSError) as away:
+        except Exception as away:
             log.warning("intake.health_not_written", error=type(away).__name__)
 
 
-def explain(error: AwsError | ValueError) -> Trouble:
+def explain(error: Exception) -> Trouble:
     """What is wrong with a queue, how to mend it, and whether it will stay so until somebody does."""
     if isinstance(error, ValueError):
         return Trouble(str(error), "correct the customer's sqs_queue_url")
+    if not isinstance(error, AwsError):
+        return Trouble(
+            f"the server failed to read the queue: {type(error).__name__}",
+            "the worker's log says why (intake.poll_failed); it is tried again with growing pauses",
+            lasting=False,
+        )
     reason = f"{error.operation}: {error.code}: {error.message}"[:500]
     code = error.code
     if code == "NoCredentials":
         return Trouble(reason, "give the server AWS credentials of its own and restart it")
+    if error.operation == OWN_CREDENTIALS:
+        return Trouble(
+            reason,
+            "check the server's profile, sign-in, or instance or task role; the worker's log says what failed "
+            "(intake.own_credentials), and it is tried again with growing pauses",
+            lasting=False,
+        )
     if error.operation == "AssumeRole" and code in answers.DENIED_CODES:
         return Trouble(
             reason,

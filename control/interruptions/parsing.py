@@ -32,6 +32,12 @@ MAX_KEPT_BODY_BYTES = 64 * 1024
 MAX_FUTURE = timedelta(minutes=5)
 # Older notices are recorded and judged by the cluster's state of now (C-24).
 STALE_AFTER = timedelta(minutes=15)
+# What Auto Scaling names: groups and hooks have at most 255 characters, a token is a UUID of 36. A longer one is not
+# AWS's, and Postgres could not index it.
+MAX_NAME_CHARACTERS = 255
+MAX_TOKEN_CHARACTERS = 512
+# The longest zones (Wavelength) have some 30.
+MAX_ZONE_CHARACTERS = 64
 # Pages of one AWS Health event are numbered; more than this is nonsense.
 MAX_INSTANCES_PER_EVENT = 10_000
 
@@ -64,7 +70,7 @@ class ParsedEvent:
     """One event, about one or more instances (AWS Health pages name many, launch failures may name none).
 
     ``flags`` says what was odd and was mended: ``unknown_action``, ``time_in_future``, ``time_unreadable``,
-    ``time_without_zone``, ``stale``, ``id_missing``, ``detail_was_text``.
+    ``time_without_zone``, ``stale``, ``id_missing``, ``detail_was_text``, ``zone_ignored``.
     """
 
     kind: EventKind
@@ -334,7 +340,7 @@ def _envelope(
         state=event.state,
         starts_at=event.starts_at,
         flags=frozenset(flags) | event.flags,
-        detail=detail,
+        detail=detail if event.detail is None else event.detail,
     )
 
 
@@ -386,6 +392,8 @@ class _Read:
     starts_at: datetime | None = None
     flags: frozenset[str] = frozenset()
     dedupe_key: Callable[[str], str] | None = None
+    # In place of what came.
+    detail: dict[str, Any] | None = None
 
 
 def _instance_id(detail: dict[str, Any], name: str) -> str:
@@ -476,15 +484,32 @@ def _lifecycle(kind: EventKind) -> Callable[[dict[str, Any]], _Read]:
 
 
 def _lifecycle_fields(detail: dict[str, Any]) -> None:
-    for name in ("LifecycleActionToken", "AutoScalingGroupName", "LifecycleHookName"):
-        if not isinstance(detail.get(name), str) or not detail[name]:
+    for name, limit in (
+        ("LifecycleActionToken", MAX_TOKEN_CHARACTERS),
+        ("AutoScalingGroupName", MAX_NAME_CHARACTERS),
+        ("LifecycleHookName", MAX_NAME_CHARACTERS),
+    ):
+        value = detail.get(name)
+        if not isinstance(value, str) or not value:
             raise _Refused("missing_field", f"{name} is missing or not text")
+        if len(value) > limit:
+            raise _Refused("too_large", f"{name} has {len(value)} characters; it has at most {limit}")
 
 
 def _launch_unsuccessful(detail: dict[str, Any]) -> _Read:
     instance = detail.get("EC2InstanceId")
     # An empty instance id is normal here: nothing was launched.
     instances = (_instance_id(detail, "EC2InstanceId"),) if instance else ()
+    details = detail.get("Details")
+    if isinstance(details, dict) and len(str(details.get("Availability Zone", ""))) > MAX_ZONE_CHARACTERS:
+        # No pool's name: nothing is scored by it.
+        kept = {name: value for name, value in details.items() if name != "Availability Zone"}
+        return _Read(
+            EventKind.LAUNCH_UNSUCCESSFUL,
+            instances,
+            flags=frozenset({"zone_ignored"}),
+            detail=detail | {"Details": kept},
+        )
     return _Read(EventKind.LAUNCH_UNSUCCESSFUL, instances)
 
 

@@ -137,7 +137,7 @@ class QuarantineList(BaseModel):
     """Newest first; ``next`` goes into ``before`` for older ones."""
 
     messages: list[QuarantinedMessage]
-    next: datetime | None
+    next: str | None
 
 
 class Replayed(BaseModel):

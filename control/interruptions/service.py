@@ -77,7 +77,7 @@ _STRENGTH = {
     EventKind.CAPACITY_RESERVATION_INTERRUPTION: 3,
     EventKind.INSTANCE_STATE_CHANGE: 2,
 }
-_CAPACITY_OF_TYPE = re.compile(r"sufficient (\S+\.\S+) capacity")
+_CAPACITY_OF_TYPE = re.compile(r"sufficient ([a-z0-9-]{1,32}\.[a-z0-9-]{1,32}) capacity")
 
 
 @dataclass(frozen=True, slots=True)

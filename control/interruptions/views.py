@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -167,6 +167,9 @@ _PLAN_FIELDS = [name for name in ReturnPlan.model_fields if name != "evidence"]
 # --- quarantine -------------------------------------------------------------------------------------------------
 
 
+_PLACE_SEPARATOR = "~"
+
+
 def message_id(customer_id: UUID, source: str, dedupe_key: str) -> str:
     """A message's key as one opaque piece of a URL."""
     return base64.urlsafe_b64encode(f"{customer_id}\n{source}\n{dedupe_key}".encode()).decode().rstrip("=")
@@ -186,14 +189,42 @@ def read_message_id(value: str) -> tuple[UUID, str, str]:
         raise NotFound("message") from None
 
 
+def place(message: QuarantinedMessage) -> str:
+    """Where a page that ends with this message ends: ``before`` of the next one."""
+    return f"{message.received_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}{_PLACE_SEPARATOR}{message.id}"
+
+
+def _read_place(value: datetime | str | None) -> tuple[datetime | None, tuple[UUID, str, str] | None]:
+    if value is None or isinstance(value, datetime):
+        return value, None
+    moment, separator, last = value.partition(_PLACE_SEPARATOR)
+    try:
+        received_at = datetime.fromisoformat(moment)
+        return received_at if received_at.tzinfo else received_at.replace(tzinfo=UTC), (
+            read_message_id(last) if separator else None
+        )
+    except (ValueError, NotFound):
+        raise Invalid("before: is neither a time nor the next of a page; take it as it was given.") from None
+
+
 async def list_quarantine(
-    db: Database, principal: Principal, *, customer_id: UUID | None, before: datetime | None, limit: int
+    db: Database, principal: Principal, *, customer_id: UUID | None, before: datetime | str | None, limit: int
 ) -> list[QuarantinedMessage]:
-    """Messages that were not acted on, with the reason, newest first."""
+    """Messages that were not acted on, with the reason, newest first.
+
+    Args:
+        before: a time, or the ``place`` of the message the page before ended with, which skips nothing.
+
+    Raises:
+        Invalid: ``before`` is neither.
+    """
     if customer_id is not None:
         principal.customer(customer_id)
+    moment, after = _read_place(before)
     async with principal.scope(db) as conn:
-        rows = await views_repository.list_quarantine(conn, customer_id=customer_id, before=before, limit=limit)
+        rows = await views_repository.list_quarantine(
+            conn, customer_id=customer_id, before=moment, after=after, limit=limit
+        )
     return [
         QuarantinedMessage(
             id=message_id(row.customer_id, row.source, row.dedupe_key),

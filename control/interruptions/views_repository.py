@@ -95,16 +95,36 @@ _QUARANTINE = text("""
     FROM inbox_messages
     WHERE outcome = 'quarantined'
       AND (CAST(:customer_id AS uuid) IS NULL OR customer_id = :customer_id)
-      AND (CAST(:before AS timestamptz) IS NULL OR received_at < :before)
-    ORDER BY received_at DESC, dedupe_key LIMIT :limit
+      AND (CAST(:before AS timestamptz) IS NULL OR received_at < :before
+           OR (received_at = :before AND (customer_id, source, dedupe_key)
+                   > (CAST(:after_customer AS uuid), CAST(:after_source AS text), CAST(:after_key AS text))))
+    ORDER BY received_at DESC, customer_id, source, dedupe_key LIMIT :limit
 """)
 
 
 async def list_quarantine(
-    conn: AsyncConnection, *, customer_id: UUID | None, before: datetime | None, limit: int
+    conn: AsyncConnection,
+    *,
+    customer_id: UUID | None,
+    before: datetime | None,
+    after: tuple[UUID, str, str] | None,
+    limit: int,
 ) -> Sequence[Row]:
-    """Messages in quarantine, newest first."""
-    values = {"customer_id": customer_id, "before": before, "limit": limit}
+    """Messages in quarantine, newest first.
+
+    Args:
+        before: only what was received earlier, and with ``after`` also what was received in that moment (one commit's
+            messages share it) and comes after that key of customer, source and dedupe key.
+    """
+    after_customer, after_source, after_key = after or (None, None, None)
+    values = {
+        "customer_id": customer_id,
+        "before": before,
+        "after_customer": after_customer,
+        "after_source": after_source,
+        "after_key": after_key,
+        "limit": limit,
+    }
     return (await conn.execute(_QUARANTINE, values)).all()
 
 

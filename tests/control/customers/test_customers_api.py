@@ -138,6 +138,17 @@ async def test_verification_says_what_works_and_what_does_not(sandboxed):
     assert "aws_iam_role" in good["terraform"]
     assert any(statement["Sid"] == "EndOwn" for statement in good["iam_policy"]["Statement"])
 
+    # Trouble later on keeps the detectors at work; only another role or queue starts afresh.
+    aws.revoke_role(number)
+    for _ in range(2):
+        worse = await api.ok("POST", path)
+        assert (worse["ok"], worse["status"]) == (False, "degraded")
+    aws.revoke_role(number, revoked=False)
+    assert (await api.ok("POST", path))["status"] == "active"
+    await api.ok("PATCH", f"/customers/{customer['id']}", json={"sqs_queue_url": known.queue_url + "-other"})
+    moved = await api.ok("POST", path)
+    assert (moved["ok"], moved["status"]) == (False, "pending")
+
 
 async def test_a_role_that_works_without_its_external_id_is_refused(postgres_url, redis_url, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")

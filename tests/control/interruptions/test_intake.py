@@ -7,17 +7,24 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from control.errors import Invalid
 from control.gateways.aws import AwsError, AwsGateway
-from control.interruptions.intake import CUSTOMERS_SECONDS, Health, Intake, explain
+from control.interruptions import views
+from control.interruptions.intake import CUSTOMERS_SECONDS, DEGRADED_AFTER_SECONDS, Health, Intake, explain
 from control.interruptions.runtime import Runtime
+from control.interruptions.service import Facts, Received, ingest
 from control.sandbox.aws.faults import Fault
+from control.security.principal import Principal, Role
 from tests.control.interruptions.corpus import cases
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
 from tests.control.interruptions.tenants import Tenant, create_tenant
+from warehouse.contracts import EventSource
 
 
 @pytest.fixture
@@ -207,13 +214,15 @@ async def test_undeletable_messages_come_again_and_change_nothing(stage: Stage, 
         (AwsError("ReceiveMessage", "AccessDenied", "", status=403), "sqs:ReceiveMessage", True),
         (AwsError("AssumeRole", "AccessDenied", "", status=403), "external id", True),
         (AwsError("AssumeRole", "NoCredentials", ""), "credentials of its own", True),
+        (AwsError("OwnCredentials", "Unreachable", "MetadataRetrievalError"), "instance or task role", False),
+        (KeyError("Messages"), "worker's log", False),
         (AwsError("ReceiveMessage", "KMS.AccessDeniedException", "", status=400), "kms:Decrypt", True),
         (AwsError("ReceiveMessage", "RequestThrottled", "", status=403), "throttles", False),
         (AwsError("ReceiveMessage", "Unreachable", ""), "cannot be reached", False),
         (ValueError("sqs_queue_url 'x' is not a queue's address"), "sqs_queue_url", True),
     ],
 )
-def test_every_trouble_has_a_remedy(error: AwsError | ValueError, word: str, lasting: bool) -> None:
+def test_every_trouble_has_a_remedy(error: Exception, word: str, lasting: bool) -> None:
     trouble = explain(error)
     assert trouble.reason
     assert word in trouble.remedy
@@ -278,9 +287,8 @@ async def test_a_flood_of_one_customer_leaves_the_others_their_speed(stage: Stag
     assert sorted(waits)[2] < 2.0, waits
 
 
-async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(stage: Stage, intake: Intake) -> None:
-    """A content nobody thought of: its neighbours of the same batch go on, it is kept with the reason."""
-    bad, good = await stage.launch_nodes(2)
+async def _refuse(stage: Stage, bad: str, condition: str) -> None:
+    """Let Postgres refuse interruptions of one instance."""
     async with stage.db.system() as conn:
         await conn.execute(text("RESET ROLE"))
         await conn.execute(
@@ -289,7 +297,7 @@ async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(sta
                 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
                 BEGIN
                     IF NEW.instance_id = '{bad}' THEN
-                        RAISE EXCEPTION 'no such text' USING ERRCODE = 'data_exception';
+                        RAISE EXCEPTION 'no such text' USING ERRCODE = '{condition}';
                     END IF;
                     RETURN NEW;
                 END $$
@@ -299,6 +307,18 @@ async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(sta
         await conn.execute(
             text("CREATE TRIGGER refuse BEFORE INSERT ON interruptions FOR EACH ROW EXECUTE FUNCTION refuse()")
         )
+
+
+@pytest.mark.parametrize(
+    ("condition", "cause"),
+    [("data_exception", "DataException"), ("program_limit_exceeded", "ProgramLimitExceeded")],
+)
+async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(
+    stage: Stage, intake: Intake, condition: str, cause: str
+) -> None:
+    """A content nobody thought of: its neighbours of the same batch go on, it is kept with the reason."""
+    bad, good = await stage.launch_nodes(2)
+    await _refuse(stage, bad, condition)
     for instance in (bad, good):
         stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
     await _drained(stage, stage.tenant, good)
@@ -309,10 +329,86 @@ async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(sta
         )
 
     ((reason, body),) = await stage.until(kept, 20)
-    assert reason.startswith("unprocessable: DataException")
+    assert reason.startswith(f"unprocessable: {cause}")
     assert bad in body
 
     async def emptied() -> bool:
         return stage.aws.queue_depth(stage.queue) == (0, 0)
 
     await stage.until(emptied, 20)
+
+
+async def test_a_batch_that_fails_again_and_again_is_taken_apart_and_told(stage: Stage, intake: Intake) -> None:
+    """An error that says nothing of the content, while Postgres answers: the neighbours do not wait for ever."""
+    bad, good = await stage.launch_nodes(2)
+    await _refuse(stage, bad, "internal_error")
+    stage.aws.send_events(stage.queue, [json.dumps(stage.tenant.warning(instance)) for instance in (bad, good)])
+    await _drained(stage, stage.tenant, good)
+    reader = intake.readers[stage.tenant.customer_id]
+    stage.aws.send_event(stage.queue, stage.tenant.rebalance(bad))
+
+    async def stuck() -> bool:
+        return reader.trouble(time.monotonic() + DEGRADED_AFTER_SECONDS + 1) is not None
+
+    await stage.until(stuck, 30)
+    assert reader.trouble(time.monotonic()) is None, "it may be over in a moment"
+
+
+async def test_failing_credentials_of_the_server_are_told_and_end_nothing(
+    stage: Stage, intake: Intake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A program, a sign-in or the machine's role that gives the server its credentials fails for a while."""
+    program = tmp_path / "credentials"
+    config = tmp_path / "config"
+    config.write_text(f"[default]\ncredential_process = {program}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    aws = AwsGateway(endpoint_url=stage.aws.url)
+    with pytest.raises(AwsError) as failed:
+        await aws.own_credentials()
+    assert (failed.value.operation, failed.value.code, failed.value.definite) == (
+        "OwnCredentials",
+        "Unreachable",
+        False,
+    )
+    # For customers that come from now on.
+    intake.runtime = replace(intake.runtime, aws=aws)
+    added = await add_customer(stage)
+
+    async def failing() -> bool:
+        found = intake.readers.get(added.customer_id)
+        return found is not None and found.health.receiving is not None
+
+    await stage.until(failing, 10)
+    keys = stage.aws.credentials()
+    answer = {"Version": 1, "AccessKeyId": keys.access_key_id, "SecretAccessKey": keys.secret_access_key}
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    program.chmod(0o755)
+    node = await added.node()
+    stage.aws.send_event(added.account_id, added.warning(node))
+    await _drained(stage, added, node)
+    await aws.close()
+
+
+async def test_pages_of_quarantine_skip_nothing_of_one_commit(stage: Stage) -> None:
+    customer_id = stage.tenant.customer_id
+    facts = await Facts(stage.db).of(customer_id)
+    for source in (EventSource.SQS, EventSource.PUSH):
+        await ingest(stage.db, facts, [Received(f"not json {number}", source) for number in range(7)])
+    caller = Principal(customer_id, "test", Role.CUSTOMER_ADMIN, customer_id)
+    found, before = [], None
+    while page := await views.list_quarantine(stage.db, caller, customer_id=None, before=before, limit=3):
+        found += page
+        before = views.place(page[-1])
+    assert len({message.id for message in found}) == len(found) == 14
+    assert [message.received_at for message in found] == sorted((m.received_at for m in found), reverse=True)
+    # A time, as before.
+    (second,) = {message.received_at for message in found} - {found[0].received_at}
+    for moment in (found[0].received_at, found[0].received_at.isoformat()):
+        older = await views.list_quarantine(stage.db, caller, customer_id=None, before=moment, limit=100)
+        assert {message.received_at for message in older} == {second}
+    for broken in ("x", "2026-01-01T00:00:00Z~x", "~"):
+        with pytest.raises(Invalid):
+            await views.list_quarantine(stage.db, caller, customer_id=None, before=broken, limit=3)

@@ -126,3 +126,48 @@ def test_what_looks_like_a_secret_is_hidden_in_a_kept_body() -> None:
     assert "AKIA" not in kept
     assert "abc.def" not in kept
     assert "i-0123456789abcdef0" in kept
+
+
+LIFECYCLE = {"LifecycleActionToken": "t" * 36, "AutoScalingGroupName": "group", "LifecycleHookName": "hook"}
+
+
+def _scaling(detail_type: str, detail: dict[str, Any]) -> Any:
+    document = {
+        "version": "0",
+        "id": "one",
+        "detail-type": detail_type,
+        "source": "aws.autoscaling",
+        "account": "123456789012",
+        "region": "us-east-1",
+        "time": RECEIVED_AT.isoformat(),
+        "detail": {"EC2InstanceId": "i-0123456789abcdef0"} | detail,
+    }
+    return parse(json.dumps(document), owner=OWNER, received_at=RECEIVED_AT)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("LifecycleActionToken", 512), ("AutoScalingGroupName", 255), ("LifecycleHookName", 255)]
+)
+def test_names_no_index_could_hold_are_refused(name: str, limit: int) -> None:
+    kind = "EC2 Instance-terminate Lifecycle Action"
+    assert isinstance(_scaling(kind, LIFECYCLE | {name: "x" * limit}), ParsedEvent)
+    for outcome in (
+        _scaling(kind, LIFECYCLE | {name: "x" * (limit + 1)}),
+        parse(
+            json.dumps(LIFECYCLE | {name: "x" * 16384, "LifecycleTransition": "autoscaling:EC2_INSTANCE_TERMINATING"}),
+            owner=OWNER,
+            received_at=RECEIVED_AT,
+        ),
+    ):
+        assert isinstance(outcome, Quarantine)
+        assert outcome.reason == "too_large"
+        assert name in outcome.detail
+
+
+def test_a_zone_that_is_none_is_not_scored() -> None:
+    kind = "EC2 Instance Launch Unsuccessful"
+    named = _scaling(kind, {"Details": {"Availability Zone": "us-east-1a", "Subnet ID": "s"}})
+    assert named.detail["Details"] == {"Availability Zone": "us-east-1a", "Subnet ID": "s"}
+    endless = _scaling(kind, {"Details": {"Availability Zone": "z" * 16384, "Subnet ID": "s"}})
+    assert endless.detail["Details"] == {"Subnet ID": "s"}
+    assert "zone_ignored" in endless.flags
