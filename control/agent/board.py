@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 
 from control.agent.cluster import Cluster, ClusterError
 from control.agent.drain import DEFAULT_LIMIT, Again, Finished
-from control.agent.server import Backoff, Rejected, Server, Unavailable
+from control.agent.server import Backoff, Pause, Rejected, Server, Unavailable, send_each
 from control.agent.spool import Spool, created_at
 from control.agent.tasks import Stepper, make_stepper
 from warehouse.contracts import TASK_TYPE_ALIASES, OptimizationTask, TaskStatus
@@ -51,52 +52,69 @@ class Run:
     cancelled: bool = False
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Held:
+    """A report on its way; `path` is None while the disk does not take it."""
+
+    task_id: UUID
+    content: bytes
+    created_at: float
+    path: Path | None
+
+
 class Reports:
-    """Task reports on their way to the server, kept on disk until it answers 2xx or 409, at most 24 hours."""
+    """Task reports on their way to the server, kept on disk until it answers 2xx or 409, at most 24 hours.
+
+    On a full disk they are kept in memory: a report lost with the process costs one more run of the task, while waiting
+    for the disk would keep the task under its lease for ever.
+    """
 
     def __init__(self, server: Server, spool: Spool, *, lost_lease: Callable[[UUID, dict[str, Any]], None]) -> None:
         self._server, self._spool, self._lost_lease = server, spool, lost_lease
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._backoff = Backoff()
+        self._memory: list[Held] = []
+        self._memory_lock = threading.Lock()
 
     def put(self, task_id: UUID, epoch: int, status: TaskStatus, detail: dict[str, Any], **times: str) -> None:
-        """Keep a report durably and send it as soon as possible."""
+        """Keep a report, durably if the disk allows, and send it as soon as possible."""
         body = {"lease_epoch": epoch, "report_id": str(uuid4()), "status": status, "detail": detail, **times}
-        self._spool.put(str(task_id), json.dumps(body).encode())
+        self._keep(task_id, json.dumps(body).encode())
         self._wake.set()
 
     def readdress(self, task_id: UUID, epoch: int) -> bool:
         """Send an unacknowledged final report under a newer epoch: its work is done and must not be done again."""
         found = False
-        for path in self._spool.items():
-            content = self._spool.read(path) if path.name.endswith(str(task_id)) else None
-            if content is None:
+        for held in self._held(task_id):
+            body = json.loads(held.content)
+            if body["status"] == TaskStatus.RUNNING:
                 continue
-            body = json.loads(content)
-            if body["status"] != TaskStatus.RUNNING and body["lease_epoch"] != epoch:
-                self._spool.put(str(task_id), json.dumps({**body, "lease_epoch": epoch}).encode())
-                self._spool.done(path)
-                found = True
-            elif body["status"] != TaskStatus.RUNNING:
-                found = True
+            found = True
+            if body["lease_epoch"] != epoch:
+                self._keep(task_id, json.dumps({**body, "lease_epoch": epoch}).encode())
+                self._done(held)
         if found:
             self._wake.set()
         return found
 
     def waiting(self) -> int:
         """Reports not yet acknowledged."""
-        return len(self._spool.items())
+        return len(self._spool.items()) + len(self._memory)
 
     def run(self) -> None:
         """Send until stopped."""
         while not self._stop.is_set():
             self._wake.clear()
-            pause = self._send_all()
-            if pause is None:
-                self._wake.wait()
+            try:
+                pause = self._send_all()
+            except Exception:  # without this thread no task would ever end
+                log.exception("reports wait: the agent failed")
+                pause = Pause(self._backoff.pause(), for_all=True)
+            if pause is not None and pause.for_all:
+                self._stop.wait(pause.seconds)
             else:
-                self._stop.wait(pause)
+                self._wake.wait(pause.seconds if pause else None)
 
     def stop(self) -> None:
         """Let `run` end after what it is sending now."""
@@ -110,32 +128,70 @@ class Reports:
             if self._send_all() is not None:
                 time.sleep(0.1)
 
-    def _send_all(self) -> float | None:
-        """Send everything once; the seconds to wait when the server does not take it, else None."""
+    def _send_all(self) -> Pause | None:
+        """Send everything once; how long to wait when the server does not take all of it, else None."""
+        self._memory_to_disk()
+        return send_each(self._held(), self._send, self._backoff, "a task report")
+
+    def _send(self, held: Held) -> None:
+        task_id = held.task_id
+        if time.time() - held.created_at > REPORTS_KEPT_SECONDS:
+            log.error("report on task %s is dropped: the server has not taken it for 24 hours", task_id)
+            self._done(held)
+            return
+        try:
+            kept = self._server.report(task_id, held.content)
+        except Rejected as error:
+            log.error("report on task %s was rejected and is dropped: %s", task_id, error)
+            kept = True
+        if not kept:
+            body = json.loads(held.content)
+            log.warning("report on task %s: the lease (epoch %s) was no longer ours", task_id, body["lease_epoch"])
+            self._lost_lease(task_id, body)
+        self._done(held)
+
+    def _held(self, only: UUID | None = None) -> list[Held]:
+        """Everything (or everything on one task) not yet acknowledged, oldest first."""
+        with self._memory_lock:
+            found = [held for held in self._memory if only in (None, held.task_id)]
         for path in self._spool.items():
-            content = self._spool.read(path)
-            if content is None:
+            if only is not None and not path.name.endswith(str(only)):
                 continue
-            task_id = UUID(path.name.split("-", 1)[1])
-            if time.time() - created_at(path) > REPORTS_KEPT_SECONDS:
-                log.error("report on task %s is dropped: the server has not taken it for 24 hours", task_id)
-                self._spool.done(path)
-                continue
-            body = json.loads(content)
             try:
-                kept = self._server.report(task_id, content)
-            except Unavailable as error:
-                log.warning("report on task %s waits: %s", task_id, error)
-                return self._backoff.pause(error.retry_after_seconds)
-            except Rejected as error:
-                log.error("report on task %s was rejected and is dropped: %s", task_id, error)
-                kept = True
-            self._backoff.reset()
-            if not kept:
-                log.warning("report on task %s: the lease (epoch %s) was no longer ours", task_id, body["lease_epoch"])
-                self._lost_lease(task_id, body)
-            self._spool.done(path)
-        return None
+                content = self._spool.read(path)
+                if content is not None:
+                    json.loads(content)
+                    found.append(Held(UUID(path.name.split("-", 1)[1]), content, created_at(path), path))
+            except OSError as error:
+                log.error("%s cannot be read: %s", path, error)
+            except (ValueError, IndexError) as error:
+                log.error("%s is no report and is dropped: %r", path, error)
+                self._spool.done(path)
+        return sorted(found, key=lambda held: held.created_at)
+
+    def _keep(self, task_id: UUID, content: bytes) -> None:
+        try:
+            self._spool.put(str(task_id), content)
+        except OSError as error:
+            log.error("report on task %s is kept in memory only: %s", task_id, error)
+            with self._memory_lock:
+                self._memory.append(Held(task_id, content, time.time(), None))
+
+    def _memory_to_disk(self) -> None:
+        for held in list(self._memory):
+            try:
+                self._spool.put(str(held.task_id), held.content)
+            except OSError:
+                return
+            self._done(held)
+
+    def _done(self, held: Held) -> None:
+        if held.path is not None:
+            self._spool.done(held.path)
+            return
+        with self._memory_lock:
+            if held in self._memory:
+                self._memory.remove(held)
 
 
 class Board:
@@ -183,17 +239,20 @@ class Board:
             task = _understood(offered)
         except ValidationError as error:
             log.error("a task is not understood and is refused: %s", error)
-            if offered.get("task_id") and isinstance(offered.get("lease_epoch"), int):
-                reason = f"this agent does not understand the task: {error.errors()[0]['msg']}"
-                self.reports.put(
-                    UUID(offered["task_id"]), offered["lease_epoch"], TaskStatus.REFUSED, {"reason": reason}
-                )
+            reason = f"this agent does not understand the task: {error.errors()[0]['msg']}"
+            try:
+                task_id, epoch = UUID(offered["task_id"]), int(offered["lease_epoch"])
+            except (KeyError, TypeError, ValueError, AttributeError):
+                return  # there is nothing to report on
+            self.reports.put(task_id, epoch, TaskStatus.REFUSED, {"reason": reason})
             return
         now = self._server.now()
         with self._condition:
             running = self._runs.get(task.task_id)
             if running is not None:
-                running.epoch = max(running.epoch, task.lease_epoch)
+                if task.lease_epoch > running.epoch:
+                    running.epoch = task.lease_epoch
+                    running.cancelled = False  # what was lost was the older lease
                 running.last_report = 0.0  # the next heartbeat confirms the new epoch
                 return
             known = self._finished.get(task.task_id)
@@ -243,16 +302,22 @@ class Board:
                     return
                 _, _, task_id = heapq.heappop(self._due)
                 run = self._runs.get(task_id)
-            if run is not None:
+            if run is None:
+                continue
+            try:
                 self._step(run)
+            except Exception:  # out of our hands, so that its lease ends and the server offers it again
+                log.exception("task %s is left: the agent failed", task_id)
+                with self._condition:
+                    self._runs.pop(task_id, None)
 
     def _step(self, run: Run) -> None:
         now = self._server.now()
-        if run.cancelled:
-            log.warning("task %s is left: its lease went to somebody else", run.task.task_id)
-            with self._condition:
+        with self._condition:
+            if run.cancelled:
+                log.warning("task %s is left: its lease went to somebody else", run.task.task_id)
                 self._runs.pop(run.task.task_id, None)
-            return
+                return
         try:
             step = run.stepper(self._cluster, now)
         except ClusterError as error:
@@ -331,6 +396,8 @@ class Board:
                         self._lost_lease(run.task.task_id, body)
                 except (Unavailable, Rejected) as error:
                     log.debug("heartbeat of task %s: %s", run.task.task_id, error)
+                except Exception:  # without this thread every longer task would lose its lease
+                    log.exception("heartbeat of task %s: the agent failed", run.task.task_id)
 
 
 def _understood(offered: dict[str, Any]) -> OptimizationTask:

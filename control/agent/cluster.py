@@ -11,14 +11,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from http.client import HTTPException
 from typing import Any
 
 from kubernetes import client, config, dynamic
 from kubernetes.watch.watch import iter_resp_lines
+from urllib3.exceptions import HTTPError
 
 from control.agent.config import AgentConfig
 
 Object = dict[str, Any]
+
+# All the ways in which nobody answers, or half an answer comes. ValueError: it cannot be decoded.
+BROKEN = (HTTPError, HTTPException, OSError, ValueError)
 
 PAGE_LIMIT = 250  # objects per list page: bounds memory in clusters with thousands of pods
 REQUEST_SECONDS = (5, 15)  # connect, read
@@ -90,19 +95,22 @@ class Cluster:
             )
         except dynamic.exceptions.DynamicApiError as error:
             raise _cluster_error(error) from None
-        except Exception as error:  # urllib3 has a dozen ways to say that nobody answered
-            if isinstance(error, client.ApiException):
-                raise ClusterError(error.status or 0, str(error.reason)) from None
-            if type(error).__module__.split(".")[0] in ("urllib3", "http", "socket") or isinstance(error, OSError):
-                raise ClusterError(0, f"the Kubernetes API does not answer: {error}") from None
-            raise
+        except client.ApiException as error:
+            raise ClusterError(error.status or 0, str(error.reason)) from None
+        except BROKEN as error:
+            raise ClusterError(0, f"the Kubernetes API does not answer: {error}") from None
 
-    def _json(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
+    def _json(self, method: str, path: str, body: Any = None, **options: Any) -> Object:
         response = self._request(method, path, body, **options)
         try:
-            return json.loads(response.data)
+            answer = json.loads(response.data)  # the body is read here, so the connection can break here as well
+        except BROKEN as error:
+            raise ClusterError(0, f"the answer of the Kubernetes API broke: {error}") from None
         finally:
             response.release_conn()
+        if not isinstance(answer, dict):
+            raise ClusterError(0, f"the Kubernetes API answered a {type(answer).__name__} instead of an object")
+        return answer
 
     # -- reading
 
@@ -130,8 +138,8 @@ class Cluster:
                     token = None
                     continue
                 raise
-            yield page["items"]
-            token = page["metadata"].get("continue")
+            yield _items(page)
+            token = (page.get("metadata") or {}).get("continue")
             if not token:
                 return
 
@@ -147,7 +155,7 @@ class Cluster:
     def usage(self, plural: str) -> list[Object]:
         """metrics.k8s.io nodes or pods; empty where no metrics-server runs."""
         try:
-            return self._json("get", f"/apis/metrics.k8s.io/v1beta1/{plural}")["items"]
+            return _items(self._json("get", f"/apis/metrics.k8s.io/v1beta1/{plural}"))
         except ClusterError as error:
             if error.status in (403, 404, 503):
                 return []
@@ -170,8 +178,10 @@ class Cluster:
                     raise ClusterError(event["object"].get("code", 0), event["object"].get("message", "watch ended"))
                 if event["type"] in ("ADDED", "MODIFIED"):
                     yield event["object"]
-        except (OSError, ValueError) as error:
+        except BROKEN as error:
             raise ClusterError(0, f"the watch broke: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ClusterError(0, f"the watch sent something else than events: {error!r}") from None
         finally:
             response.close()
 
@@ -239,6 +249,12 @@ class Cluster:
 
 def _no_discovery(dynamic_client: Any, cache_file: Any) -> None:
     """The agent names its paths itself; discovery would cost a dozen requests at every start."""
+
+
+def _items(page: Object) -> list[Object]:
+    if "items" not in page:
+        raise ClusterError(0, f"the Kubernetes API answered a {page.get('kind')} instead of a list")
+    return page["items"] or []
 
 
 def _cluster_error(error: dynamic.exceptions.DynamicApiError) -> ClusterError:

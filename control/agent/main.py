@@ -9,14 +9,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from control.agent.board import Board
-from control.agent.cluster import Cluster, ClusterError
+from control.agent.cluster import Cluster, ClusterError, Object
 from control.agent.collector import batch, collect, split
 from control.agent.config import AGENT_VERSION, AgentConfig, ConfigError, read_config
 from control.agent.notices import Noticed, events_body, notices_of
-from control.agent.server import Backoff, Rejected, Server, Unavailable
+from control.agent.server import Backoff, Pause, Rejected, Server, Unavailable, send_each
 from control.agent.spool import Sequence, Spool
 from control.agent.tasks import UNDERSTOOD
 
@@ -88,9 +90,10 @@ class Agent:
             started = time.monotonic()
             try:
                 offered = self._server.poll(UNDERSTOOD, limit)
-            except (Unavailable, Rejected) as error:
+            except Exception as error:  # whatever it is, this thread is the only one that brings tasks
                 pause = backoff.pause(getattr(error, "retry_after_seconds", None))
-                log.warning("no tasks from the server: %s; again in %.1f s", error, pause)
+                unexpected = None if isinstance(error, Unavailable | Rejected) else error
+                log.warning("no tasks from the server: %s; again in %.1f s", error, pause, exc_info=unexpected)
                 connected = False
                 self._stop.wait(pause)
                 continue
@@ -100,7 +103,10 @@ class Agent:
                 connected = True
                 log.info("connected to the server; waiting for tasks")
             for task in offered:
-                self.board.take(task)
+                try:
+                    self.board.take(task)
+                except Exception:  # its lease ends, and it is offered again
+                    log.exception("task %s is not taken: the agent failed", task.get("task_id"))
             if time.monotonic() - started < 0.05 and offered:
                 # A task may be offered again before its first report has arrived: do not ask in a tight loop.
                 self._stop.wait(0.05)
@@ -136,86 +142,90 @@ class Agent:
                 log.warning("no metrics this time: %s", error)
             except OSError as error:
                 log.error("metrics cannot be kept below %s: %s", self.config.state_dir, error)
+            except Exception:
+                log.exception("no metrics this time: the agent failed")
             due = max(due + self.config.metrics_seconds, time.monotonic())
             self._stop.wait(due - time.monotonic())
 
     def _send_metrics(self) -> None:
+        self._send_loop(self._metrics, self._metrics_due, self._send_batch, "a metric batch")
+
+    def _send_batch(self, content: bytes) -> None:
+        answer = self._server.send_metrics(content)
+        if answer.get("rejected"):
+            first = answer["rejected"][0]
+            log.warning("the server rejected %d samples, first %s", len(answer["rejected"]), first)
+        for warning in answer.get("warnings") or ():
+            log.warning("the server warns: %s", warning)
+
+    def _send_loop(self, spool: Spool, due: threading.Event, send: Callable[[bytes], None], what: str) -> None:
+        """Send what is on disk whenever `due` is set, and again until it is gone."""
         backoff = Backoff()
+
+        def send_file(path: Path) -> None:
+            content = spool.read(path)
+            if content is None or self._stop.is_set():
+                return
+            try:
+                send(content)
+            except Rejected as error:
+                log.error("%s was rejected and is dropped: %s", what, error)
+            spool.done(path)
+
+        pause: Pause | None = Pause(0, for_all=False)  # what an earlier life left goes at once
         while not self._stop.is_set():
-            self._metrics_due.wait(60)
-            self._metrics_due.clear()
-            dropped = self._metrics.trim()
-            if dropped:
-                log.error("%d metric batches were dropped: the server has not taken them for six hours", dropped)
-            for path in self._metrics.items():
-                content = self._metrics.read(path)
-                if content is None or self._stop.is_set():
-                    continue
-                try:
-                    answer = self._server.send_metrics(content)
-                except Unavailable as error:
-                    pause = backoff.pause(error.retry_after_seconds)
-                    log.warning("metrics wait on disk: %s; again in %.1f s", error, pause)
-                    self._stop.wait(pause)
-                    self._metrics_due.set()
-                    break
-                except Rejected as error:
-                    log.error("a metric batch was rejected and is dropped: %s", error)
-                else:
-                    if answer.get("rejected"):
-                        first = answer["rejected"][0]
-                        log.warning("the server rejected %d samples, first %s", len(answer["rejected"]), first)
-                    for warning in answer.get("warnings", ()):
-                        log.warning("the server warns: %s", warning)
-                backoff.reset()
-                self._metrics.done(path)
+            if pause is not None and pause.for_all:
+                self._stop.wait(pause.seconds)
+            else:
+                due.wait(pause.seconds if pause is not None else 60)
+            due.clear()
+            try:
+                dropped = spool.trim()
+                if dropped:
+                    log.error("%d times %s was dropped: the server has not taken it for too long", dropped, what)
+                pause = send_each(spool.items(), send_file, backoff, what)
+            except Exception:  # the disk, most likely
+                log.exception("%s waits: the agent failed", what)
+                pause = Pause(backoff.pause(), for_all=True)
 
     # -- notices
 
     def _watch(self) -> None:
         backoff = Backoff()
         while not self._stop.is_set():
+            quiet = True
             try:
                 for node in self._cluster.watch_nodes():
+                    self._notice(node)
+                    quiet = False
                     backoff.reset()
-                    fresh = self._noticed.fresh(notices_of(node, self._server.now()))
-                    if fresh:
-                        for event in fresh:
-                            log.warning(
-                                "%s announced for %s (%s)", event.event_type, event.node_name, event.instance_id
-                            )
-                        self._events.put("events.json", events_body(self.config.cluster_id, fresh))
-                        self._events_due.set()
                     if self._stop.is_set():
                         return
-            except (ClusterError, OSError) as error:
+                if quiet:  # an endpoint that ends every watch at once must not be asked in a tight loop
+                    self._stop.wait(backoff.pause())
+            except Exception as error:
                 pause = backoff.pause()
-                log.warning("the node watch ended: %s; again in %.1f s", error, pause)
+                unexpected = None if isinstance(error, ClusterError | OSError) else error
+                log.warning("the node watch ended: %s; again in %.1f s", error, pause, exc_info=unexpected)
                 self._stop.wait(pause)
 
-    def _send_events(self) -> None:
-        backoff = Backoff()
+    def _notice(self, node: Object) -> None:
+        """Put what is new on a node on its way; raises OSError when the disk is full: the next watch shows it again."""
+        try:
+            fresh = self._noticed.fresh(notices_of(node, self._server.now()))
+        except Exception:  # one strange node must not hide the notices of the others
+            log.exception("a node is not understood")
+            return
+        if not fresh:
+            return
+        for event in fresh:
+            log.warning("%s announced for %s (%s)", event.event_type, event.node_name, event.instance_id)
+        self._events.put("events.json", events_body(self.config.cluster_id, fresh))
+        self._noticed.remember(fresh)
         self._events_due.set()
-        while not self._stop.is_set():
-            self._events_due.wait(60)
-            self._events_due.clear()
-            self._events.trim()
-            for path in self._events.items():
-                content = self._events.read(path)
-                if content is None:
-                    continue
-                try:
-                    self._server.send_events(content)
-                except Unavailable as error:
-                    pause = backoff.pause(error.retry_after_seconds)
-                    log.warning("events wait on disk: %s; again in %.1f s", error, pause)
-                    self._stop.wait(pause)
-                    self._events_due.set()
-                    break
-                except Rejected as error:
-                    log.error("events were rejected and are dropped: %s", error)
-                backoff.reset()
-                self._events.done(path)
+
+    def _send_events(self) -> None:
+        self._send_loop(self._events, self._events_due, self._server.send_events, "an event")
 
     # -- health
 

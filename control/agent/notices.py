@@ -82,16 +82,18 @@ class Noticed:
         self._seen: dict[tuple[str, str, str], None] = {}
 
     def fresh(self, events: list[SpotEvent]) -> list[SpotEvent]:
-        """Those not seen before."""
-        new = []
-        for event in events:
-            key = (event.instance_id, event.event_type, json.dumps(event.detail, sort_keys=True))
-            if key not in self._seen:
-                self._seen[key] = None
-                new.append(event)
+        """Those not seen before; they stay fresh until `remember`."""
+        return [event for event in events if _key(event) not in self._seen]
+
+    def remember(self, events: list[SpotEvent]) -> None:
+        """These are safely on their way."""
+        self._seen.update((_key(event), None) for event in events)
         while len(self._seen) > REMEMBERED:
             del self._seen[next(iter(self._seen))]
-        return new
+
+
+def _key(event: SpotEvent) -> tuple[str, str, str]:
+    return event.instance_id, event.event_type, json.dumps(event.detail, sort_keys=True)
 
 
 def events_body(cluster_id: UUID, events: list[SpotEvent]) -> bytes:

@@ -5,6 +5,7 @@ One file per item, written beside and renamed, so that a file is whole or absent
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -31,16 +32,21 @@ class Spool:
             leftover.unlink(missing_ok=True)
 
     def put(self, name: str, content: bytes) -> Path:
-        """Keep an item durably; returns its file."""
+        """Keep an item durably; returns its file. Raises OSError, leaving nothing behind, when the disk is full."""
         with self._lock:
             self._last = max(self._last + 1, time.time_ns() // 1000)
             path = self._folder / f"{self._last:020d}-{name}"
         part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
         return path
 
     def items(self) -> list[Path]:

@@ -22,7 +22,7 @@ import zstandard
 from kubernetes import client
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from control.sandbox.kubernetes.kubelet import Kubelets, PodTiming
@@ -54,7 +54,11 @@ class Report:
 
 
 class TaskServer:
-    """Agent endpoints with real leases; `failing` makes every answer a 503, `lose_reports` drops n answers."""
+    """Agent endpoints with real leases.
+
+    `failing` makes every answer a 503, `captive` an HTML page with status 200; `lose_reports` drops n answers; reports
+    on tasks in `poison` and the first `poison_batches` batches are answered 500.
+    """
 
     def __init__(self, cluster_id: UUID, key: str) -> None:
         self.cluster_id, self.key = cluster_id, key
@@ -63,7 +67,9 @@ class TaskServer:
         self.batches: list[MetricsData] = []
         self.events: list[AgentEvents] = []
         self.polls = 0
-        self.failing = False
+        self.failing = self.captive = False
+        self.poison: set[UUID] = set()
+        self.poison_batches = 0
         self.lose_reports = 0
         self.metrics_status = 200
         self._lock = threading.Lock()
@@ -96,6 +102,8 @@ class TaskServer:
         async def run(request: Request) -> Response:
             if self.failing:
                 return JSONResponse({"title": "down"}, status_code=503)
+            if self.captive:
+                return HTMLResponse("<html>please log in</html>")
             if request.headers.get("authorization") != f"Bearer {self.key}":
                 return JSONResponse({"title": "unauthenticated"}, status_code=401)
             return await endpoint(request)
@@ -142,6 +150,8 @@ class TaskServer:
     async def _result(self, request: Request) -> Response:
         result = TaskResult.model_validate_json(await request.body())
         task = self.tasks[UUID(request.path_params["task_id"])]
+        if task.task_id in self.poison:
+            return JSONResponse({"title": "a bug"}, status_code=500)
         with self._lock:
             if self.lose_reports and result.status != "running":
                 self.lose_reports -= 1
@@ -164,6 +174,8 @@ class TaskServer:
             return JSONResponse({}, status_code=self.metrics_status)
         assert request.headers["content-encoding"] == "zstd"
         data = MetricsData.model_validate_json(zstandard.ZstdDecompressor().decompress(await request.body()))
+        if data.seq < self.poison_batches:
+            return JSONResponse({"title": "a bug"}, status_code=500)
         duplicate = any(b.batch_id == data.batch_id for b in self.batches)
         if not duplicate:
             self.batches.append(data)

@@ -222,7 +222,7 @@ async def test_the_control_service_killed_in_the_middle_loses_nothing(served: Se
     eventually(lambda: world.core.read_node("n1").spec.unschedulable)
     served.control.kill()
     eventually(lambda: not [p for p in world.pods("web") if p.spec.node_name == "n1"])
-    eventually(lambda: "metrics wait on disk" in world.log.read_text())
+    eventually(lambda: "a metric batch waits" in world.log.read_text())
     served.control.start()
     assert served.ended(task_id).state == "done"
 
