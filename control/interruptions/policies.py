@@ -165,9 +165,10 @@ def decide(
         action=action,
         deadline_at=deadline,
         # Where the group itself launches the replacement there is none of ours to wait for.
-        wants_drain=alive and (policy is Policy.DRAIN or not launch),
+        wants_drain=alive and (policy is Policy.DRAIN or not launch) and act_at is None,
         wants_launch=launch,
-        drain_after_launch=alive and policy is Policy.PRE_SPIN and launch,
+        # A maintenance of another day is no reason to drain today: its drain waits, for its beginning at the latest.
+        drain_after_launch=alive and launch and (policy is Policy.PRE_SPIN or act_at is not None),
         act_at=act_at,
         gone=not alive,
         answers_hook=event.kind is EventKind.ASG_TERMINATE,

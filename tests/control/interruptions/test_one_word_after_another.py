@@ -190,3 +190,26 @@ async def test_an_agent_speaks_for_its_own_cluster_only(stage: Stage) -> None:
     said = {"customer_id": stage.tenant.customer_id, "region": stage.tenant.region, "events": [event]}
     done = await accept_agent_events(stage.db, cluster_id=new_id(), **said)
     assert (done.quarantined, await stage.interruptions()) == (1, [])
+
+
+@pytest.mark.parametrize("policy", ["drain", "pre_spin"])
+async def test_a_maintenance_of_next_week_drains_nothing_today(stage: Stage, launcher: Launcher, policy: str) -> None:
+    await stage.pause()
+    await stage.tenant.config("event_policies", {"scheduled_change": policy})
+    (instance,) = await stage.launch_nodes()
+    start = datetime.now(UTC) + timedelta(days=7)
+    detail = {
+        "service": "EC2",
+        "eventTypeCategory": "scheduledChange",
+        "eventTypeCode": "AWS_EC2_SYSTEM_MAINTENANCE_EVENT",
+        "startTime": f"{start:%a, %d %b %Y %H:%M:%S} GMT",
+        "affectedEntities": [{"entityValue": instance}],
+    }
+    await told(stage, stage.tenant.event("AWS Health Event", detail, source="aws.health"))
+    assert await closing.begin_waiting_drains(launcher.runtime) == 0
+    assert await stage.tenant.rows("SELECT 1 FROM agent_tasks") == []
+    (row,) = await stage.interruptions()
+    assert (row.state, row.drain_pending) == ("open", True)
+    # When it begins, the drain does not wait for a replacement any longer.
+    await stage.tenant.rows("UPDATE interruptions SET deadline_at = now() + interval '14 minutes' RETURNING 1")
+    assert await closing.begin_waiting_drains(launcher.runtime) == 1
