@@ -6,6 +6,7 @@ from datetime import date
 
 import pytest
 
+from cloudoptim_pipelines.defs.savings.assets import periods
 from cloudoptim_pipelines.defs.savings.statements import Period, recompute, write_statements
 from tests.pipelines.conftest import World, add_nodes, add_tenant, at
 from tests.pipelines.test_costs import COSTS, feed
@@ -31,3 +32,15 @@ def test_days_without_a_word_lower_the_months_coverage(world: World, serve, stat
         assert recompute(warehouse, row["id"]).body == row["body"]
     finally:
         warehouse.close()
+
+
+def test_a_month_is_told_with_its_last_day_and_again_when_a_day_of_it_changes() -> None:
+    month = Period("month", date(2026, 11, 1), date(2026, 12, 1))
+
+    def told(day: date, today: date) -> list[Period]:
+        return [period for period in periods([day], today) if period.kind == "month"]
+
+    assert told(date(2026, 11, 30), date(2026, 12, 1)) == [month]
+    assert told(date(2026, 11, 18), date(2026, 11, 19)) == []
+    assert told(date(2026, 11, 18), date(2026, 12, 1)) == []
+    assert told(date(2026, 11, 18), date(2026, 12, 2)) == [month]

@@ -75,18 +75,26 @@ def savings_statements(context: dg.AssetExecutionContext, warehouse: Warehouse) 
     """Each customer's savings report of the day, and of the month when the day ends one, with the release it read."""
     written: list[str] = []
     days = [day for days in days_of(context.partition_keys) for day in days.days()]
-    for period in periods(days):
+    told = periods(days, warehouse.now().date())
+    for period in told:
         written += write_statements(warehouse, period)
     return dg.MaterializeResult(
-        metadata={"statements_written": len(written), "periods": [str(p) for p in periods(days)]}
+        metadata={"statements_written": len(written), "periods": [str(period) for period in told]}
     )
 
 
-def periods(days: list[date]) -> list[Period]:
-    """The periods that end with one of the days: the day itself, and its month when it is the month's last day."""
-    out = [Period("day", day, day + timedelta(days=1)) for day in days]
+def periods(days: list[date], today: date) -> list[Period]:
+    """The days, and the months that one of them ends or changes afterwards.
+
+    A month is told with its last day, and again (as a revision, where a figure differs) with any day of it from the
+    second day after it on: on the first one its last day may not be closed yet.
+    """
+    months = {}
     for day in days:
-        end = day + timedelta(days=1)
-        if end.day == 1:
-            out.append(Period("month", day.replace(day=1), end))
-    return out
+        first = day.replace(day=1)
+        end = (first + timedelta(days=31)).replace(day=1)
+        if day + timedelta(days=1) == end or end < today:
+            months[first] = end
+    return [Period("day", day, day + timedelta(days=1)) for day in days] + [
+        Period("month", first, end) for first, end in sorted(months.items())
+    ]
