@@ -230,7 +230,8 @@ def test_dark_is_kept_on_the_next_page(tab: Tab) -> None:
     tab.page.get_by_label("Toggle theme").click()
     tab.page.wait_for_selector(".mui-dark", timeout=PATIENCE_MS)
     # A person is slower than this test: the server has heard of it before the next page is asked for.
-    change = told.until(lambda frame: frame.sent and "dark_theme" in frame.text, after=0)
+    dark = '"attr":"dark_theme","new":true'
+    change = told.until(lambda frame: frame.sent and dark in frame.text, after=0)
     told.until(lambda frame: not frame.sent and '"msgtype": "OK"' in frame.text, after=change)
     tab.page.get_by_text("Clusters and nodes").first.click()
     tab.page.wait_for_url("**/nodes*", timeout=PATIENCE_MS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -537,26 +535,6 @@ def test_a_release_is_not_taken_for_that_of_another_writer(lake: Lake, reader: L
     ):
         publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 5)), run_id="lost")
     assert counts(reader) == [("2024-01-01", "us-east-1", 7)]
-
-
-def test_an_interrupt_while_the_release_is_written_deletes_nothing(
-    lake: Lake, reader: LakeReader, database_url: str
-) -> None:
-    def interrupt() -> bool:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)  # the answer comes when the interrupt has been seen
-        return False
-
-    with (
-        Wire(database_url, b"INSERT INTO lake_releases", moment="after", event=interrupt) as wire,
-        Lake(lake.storage.root, wire.url) as writer,
-    ):
-        with pytest.raises(KeyboardInterrupt):
-            publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 3)), run_id="interrupted")
-        assert lake.release().run_id == "interrupted"
-        assert counts(reader) == [("2024-01-01", "us-east-1", 3)]
-        publish(writer, PartitionWrite("spot_prices", DAY_1, prices(1, 4)))
-    assert counts(reader) == [("2024-01-01", "us-east-1", 4)]
 
 
 def test_a_refused_insert_leaves_readers_where_they_were(lake: Lake, reader: LakeReader, database_url: str) -> None:
