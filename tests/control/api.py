@@ -120,7 +120,9 @@ async def serving(settings: Settings) -> AsyncIterator[Api]:
     task = asyncio.create_task(server.serve(sockets=[listener]))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     database = Database(settings.database_url, pool_size=2)
-    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
+    # Given up well before the server closes an idle connection (uvicorn: 5 s): or a request may meet its end.
+    limits = httpx.Limits(keepalive_expiry=2)
+    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, limits=limits) as client:
         async with asyncio.timeout(20):
             while not server.started:
                 if task.done():
