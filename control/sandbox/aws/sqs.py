@@ -372,9 +372,6 @@ class Sqs:
         if not url:
             raise AwsError("MissingParameter", "The request must contain the parameter QueueUrl.")
         queue = self.find(str(url), call.caller.account_id)
-        if call.region and queue.region != call.region:
-            # Another region's endpoint has no queue of that name.
-            raise AwsError("AWS.SimpleQueueService.NonExistentQueue", "The specified queue does not exist.")
         if queue.account_id != call.caller.account_id:
             raise AwsError(
                 "AccessDenied",
