@@ -44,6 +44,15 @@ class PortRule:
         """The address listened on."""
         return environ.get(self.host_variable) or "127.0.0.1"
 
+    def url(self, port: int, environ: Mapping[str, str]) -> str:
+        """Where a process of this machine reaches the server: loopback when it listens on every address."""
+        host = self.host(environ)
+        if host in {"0.0.0.0", "localhost"}:
+            host = "127.0.0.1"
+        elif host == "::":
+            host = "::1"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
 
 # Internal defaults lie below the kernel's ephemeral range, so that no outgoing connection takes them.
 PORTS = {
@@ -116,7 +125,7 @@ def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> di
         UpError: a variable is no port number.
     """
     kept_file = home / "ports.json"
-    kept: dict[str, int] = json.loads(kept_file.read_text()) if kept_file.exists() else {}
+    kept = _kept_ports(kept_file)
     chosen: dict[str, int] = {}
     for name in names:
         rule = PORTS[name]
@@ -133,6 +142,17 @@ def choose_ports(names: list[str], home: Path, environ: Mapping[str, str]) -> di
             chosen[name] = kept[name] = port if port_is_free(port) else free_port()
     write_private(kept_file, json.dumps(kept))
     return chosen
+
+
+def _kept_ports(file: Path) -> dict[str, int]:
+    """What this home used last; a file that a full disk or a hand has spoilt only means that ports are chosen anew."""
+    try:
+        kept = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(kept, dict):
+        return {}
+    return {name: port for name, port in kept.items() if isinstance(port, int) and 0 < port < 65536}
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:

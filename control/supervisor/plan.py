@@ -22,6 +22,7 @@ from control.supervisor.daemon import Program
 from control.supervisor.environment import (
     FRUGAL,
     HOME_MARK,
+    PORTS,
     REPOSITORY,
     choose_ports,
     generated_secrets,
@@ -95,6 +96,7 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
             "choose a folder, or a real account with CLOUDOPTIM_SANDBOX=0"
         )
     database_url = postgres.url() if postgres else settings.database_url
+    urls = {name: PORTS[name].url(port, environ) for name, port in ports.items()}
     environment = {
         **(sandbox_environment(ports["sandbox"], environ) if sandbox else {**environ, "CLOUDOPTIM_SANDBOX": "0"}),
         **{name: value for name, value in FRUGAL.items() if not environ.get(name)},
@@ -105,9 +107,9 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
         "REDIS_URL": redis.url if redis else settings.redis_url,
         "CENTRAL_SERVER_PORT": str(ports["control"]),
         "CLOUDOPTIM_CONTROL_PORT": str(ports["control"]),
-        "CLOUDOPTIM_CONTROL_URL": f"http://127.0.0.1:{ports['control']}",
+        "CLOUDOPTIM_CONTROL_URL": urls["control"],
         "CLOUDOPTIM_DAGSTER_PORT": str(ports["dagster"]),
-        "CLOUDOPTIM_DAGSTER_URL": f"http://127.0.0.1:{ports['dagster']}",
+        "CLOUDOPTIM_DAGSTER_URL": urls["dagster"],
         "CLOUDOPTIM_WORKER_METRICS_PORT": str(ports["worker"]),
         "CLOUDOPTIM_DASHBOARDS_PORT": str(ports["dashboards"]),
         "CLOUDOPTIM_CODE_SERVER_HOST": "127.0.0.1",
@@ -120,11 +122,13 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     plan.addresses = {
         "control": environment["CLOUDOPTIM_CONTROL_URL"],
         "dagster": environment["CLOUDOPTIM_DAGSTER_URL"],
-        "dashboards": f"http://127.0.0.1:{ports['dashboards']}",
+        "dashboards": urls["dashboards"],
         "postgres": database_url,
         "redis": environment["REDIS_URL"],
         "aws": environment.get("AWS_ENDPOINT_URL", ""),
         "lake": settings.lake_root,
+        "worker": f"{urls['worker']}/metrics",
+        "dagster-code": f"grpc://127.0.0.1:{ports['dagster-code']}",
     }
     return plan
 

@@ -53,6 +53,8 @@ SERVED_BY = {
     "postgres": "postgres",
     "redis": "redis",
     "aws": "sandbox",
+    "worker": "worker",
+    "dagster-code": "dagster-code",
 }
 ADDRESS_ROWS = {
     "control": ("control: API, /docs", "CLOUDOPTIM_CONTROL_PORT"),
@@ -62,6 +64,8 @@ ADDRESS_ROWS = {
     "redis": ("Redis", "CLOUDOPTIM_REDIS_PORT or REDIS_URL"),
     "aws": ("AWS (sandbox)", "CLOUDOPTIM_SANDBOX_PORT"),
     "lake": ("lake", "CLOUDOPTIM_LAKE_ROOT"),
+    "worker": ("worker's metrics", "CLOUDOPTIM_WORKER_METRICS_PORT"),
+    "dagster-code": ("Dagster's code server", "CLOUDOPTIM_CODE_SERVER_PORT"),
 }
 
 
@@ -260,6 +264,7 @@ class Up:
         self._pids = pids
         document = {
             "version": 1,
+            "up": {"pid": os.getpid()},
             "addresses": self._addresses(plan),
             "processes": {
                 name: {"pid": pid, "log": str(self.daemon.log_folder / f"{name}.log")} for name, pid in pids.items()

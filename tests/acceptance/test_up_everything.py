@@ -54,7 +54,10 @@ def test_everything_starts_answers_stops_and_resumes(tmp_path):
 def _everything_is_there(run: Run) -> None:
     addresses = run.addresses
     assert stat.S_IMODE((run.home / "run" / "addresses.json").stat().st_mode) == 0o600
-    assert set(addresses["addresses"]) == {"control", "dagster", "dashboards", "postgres", "redis", "aws", "lake"}
+    public = {"control", "dagster", "dashboards"}
+    assert set(addresses["addresses"]) == public | {"postgres", "redis", "aws", "lake", "worker", "dagster-code"}
+    assert addresses["up"] == {"pid": run.process.pid}
+    assert httpx.get(addresses["addresses"]["worker"]).text.startswith("# HELP")
     for name in ("control", "dagster", "dashboards"):
         assert httpx.get(addresses["addresses"][name] + ("/readyz" if name == "control" else "/")).status_code < 400
     with redis.Redis.from_url(addresses["addresses"]["redis"]) as client:
@@ -123,10 +126,18 @@ def _it_stops_without_a_trace(run: Run) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_an_idle_machine_stays_idle(tmp_path):
-    """Measured over two minutes, after the first prices and metrics are in. Wants a machine that does nothing else."""
+def test_a_quiet_machine_starts_again_soon_and_stays_idle(tmp_path):
+    """Idle is measured over two minutes, after the first prices and metrics are in.
+
+    The bars are those of a machine that does nothing else.
+    """
     with runs_in(tmp_path) as start:
+        start().until_ready().stop()
+        began = time.monotonic()
         run = start().until_ready()
+        took = time.monotonic() - began
+        print(f"second start: {took:.1f} s")  # noqa: T201
+        assert took <= LATER_START_SECONDS
         _footprint(run, seconds=120)
         footprint = _footprint(run, seconds=120)
         print(footprint)  # noqa: T201

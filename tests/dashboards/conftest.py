@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from tests.dashboards.seed import World, seed
 from warehouse.postgres.migrate import upgrade
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")  # as deploy/browser looks for it
 ADMIN_KEY = "0123456789abcdef" * 4
 SECRETS = {
     "JWT_SECRET_KEY": "a-secret-of-the-dashboards-tests-only-000001",
@@ -174,17 +175,18 @@ def control_url(seeded: Seeded, server_folder: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, kept from talking to anybody by itself.
+    """The machine's Chromium, kept from talking to anybody by itself.
 
     One for each module: Playwright's event loop counts as running until it stops, so no other test may need one.
     """
-    if not CHROMIUM.exists():
-        pytest.skip(f"Chromium is not installed at {CHROMIUM}; install it with `apt-get install chromium`")
+    chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if chromium is None:
+        pytest.skip(f"none of {', '.join(CHROMIUM_NAMES)} is installed; Debian: `apt-get install chromium`")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
-            executable_path=str(CHROMIUM),
+            executable_path=chromium,
             args=[
                 "--no-sandbox",
                 "--disable-gpu",

@@ -82,6 +82,29 @@ def test_internal_port_nobody_chose_gives_way_and_the_new_one_is_kept(tmp_path, 
     assert choose_ports(["postgres"], tmp_path, {})["postgres"] == chosen
 
 
+@pytest.mark.parametrize("text", ["", "{", "[15432]", '{"postgres": "many"}', '{"postgres": 70000}'])
+def test_a_spoilt_file_of_kept_ports_means_new_ports(tmp_path, text):
+    (tmp_path / "ports.json").write_text(text)
+    first = choose_ports(["control", "postgres"], tmp_path, {"CLOUDOPTIM_POSTGRES_PORT": "0"})
+    assert port_is_free(first["postgres"])
+    assert choose_ports(["control", "postgres"], tmp_path, {"CLOUDOPTIM_POSTGRES_PORT": "0"}) == first
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("localhost", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("fd00::7", "http://[fd00::7]:8000"),
+    ],
+)
+def test_each_server_is_asked_where_it_listens(host, url):
+    assert PORTS["control"].url(8000, {"CENTRAL_SERVER_HOST": host}) == url
+
+
 @pytest.mark.parametrize("text", ["eighty", "-1", "65536", "80.5"])
 def test_wrong_port_is_refused_by_name(tmp_path, text):
     with pytest.raises(UpError, match=r"CLOUDOPTIM_REDIS_PORT .* port number"):
@@ -196,7 +219,7 @@ def spawns(daemon: Supervisord, count: int, seconds: float) -> list[float]:
 
 
 def test_a_process_that_dies_some_seconds_after_each_start_gets_growing_pauses(daemon):
-    lifetime = 6
+    lifetime = 2  # more than supervisord's own measure of a good start
     program = Program("p", [shutil.which("sleep"), str(lifetime)])
     daemon.start([program])
     daemon.launch(program)
