@@ -171,11 +171,23 @@ class SpotEvent(Contract):
     detail: dict[str, Any] = Field(default_factory=dict)
 
 
+# What shows on a node or in its cluster. The rest only AWS tells, with what its answer takes (a hook's token).
+AgentEventKind = Literal[
+    EventKind.SPOT_INTERRUPTION, EventKind.REBALANCE_RECOMMENDATION, EventKind.INSTANCE_STATE_CHANGE
+]
+
+
+class AgentEvent(SpotEvent):
+    """An event of a kind that an agent can know of."""
+
+    event_type: AgentEventKind
+
+
 class AgentEvents(Contract):
     """Body of POST /client/events."""
 
     cluster_id: UUID
-    events: Annotated[list[SpotEvent], Field(max_length=1000)]
+    events: Annotated[list[AgentEvent], Field(max_length=1000)]
 
 
 class TaskType(StrEnum):
@@ -287,6 +299,7 @@ CONTRACTS: tuple[type[Contract], ...] = (
     ClusterState,
     MetricsData,
     SpotEvent,
+    AgentEvent,
     AgentEvents,
     OptimizationTask,
     TaskResult,

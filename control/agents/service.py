@@ -12,7 +12,8 @@ from control.agents import repository, samples
 from control.agents.repository import ReportOutcome
 from control.context import AppContext
 from control.errors import Conflict, Invalid, NotFound
-from control.interruptions import service as interruptions
+from control.interruptions.service import Ingested, UnknownCustomer
+from control.interruptions.taking import accept_agent_events
 from control.observability import TASK_REPORTS, TASKS_LEASED
 from control.security.principal import Principal
 from warehouse.contracts import TASK_TYPE_ALIASES, AgentEvents, OptimizationTask, TaskResult, TaskType
@@ -194,11 +195,12 @@ async def take_metrics(context: AppContext, principal: Principal, body: bytes) -
     return await context.ingest.commit(batch)
 
 
-async def take_events(context: AppContext, principal: Principal, body: AgentEvents) -> interruptions.Ingested:
+async def take_events(context: AppContext, principal: Principal, body: AgentEvents) -> Ingested:
     """Hand what an agent saw on its nodes to the interruption path, on its reserved connections.
 
     Raises:
         NotFound: another cluster's id, or a deleted cluster.
+        Unavailable: some of them must be sent again; all others were taken in.
     """
     customer_id, cluster_id = bound_cluster(principal, body.cluster_id)
     async with context.intake_db.tenant(customer_id) as conn:
@@ -206,10 +208,13 @@ async def take_events(context: AppContext, principal: Principal, body: AgentEven
     if region is None:
         raise NotFound("cluster")
     try:
-        ingested = await interruptions.accept_agent_events(
-            context.intake_db, customer_id=customer_id, cluster_id=cluster_id, region=region, events=body.events
+        return await accept_agent_events(
+            context.intake_db,
+            context.bells,
+            customer_id=customer_id,
+            cluster_id=cluster_id,
+            region=region,
+            events=body.events,
         )
-    except interruptions.UnknownCustomer:
+    except UnknownCustomer:
         raise NotFound("customer") from None
-    await ingested.ring(context.bells)
-    return ingested

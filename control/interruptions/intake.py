@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import SQLAlchemyError
 
 from control.gateways.aws import (
     OWN_CREDENTIALS,
@@ -31,7 +31,8 @@ from control.gateways.aws import (
 )
 from control.interruptions import answers, intake_repository, metrics
 from control.interruptions.runtime import Runtime
-from control.interruptions.service import Facts, Received, UnknownCustomer, ingest, set_aside
+from control.interruptions.service import Facts, Received, UnknownCustomer, ingest
+from control.interruptions.taking import ALONE_TRIES, AWAY_STATES, lies_in_the_content, set_aside, sqlstate
 from warehouse.contracts import EventSource
 
 log = structlog.get_logger(__name__)
@@ -60,14 +61,8 @@ CLOSE_SECONDS = 1.5
 GIVE_BACK_SECONDS = 0.4
 # While Postgres is away: first success within 5 s of its return.
 DATABASE_BACKOFF_SECONDS = (0.2, 2.0)
-# A message that cannot be taken in alone either is set aside after this many tries: another writer may be why.
-ALONE_TRIES = 3
 # A batch that fails this often while Postgres answers is taken in one by one: what is refused may be one message.
 TOGETHER_TRIES = 5
-# program_limit_exceeded and its kin: psycopg calls them operational, but the row is too large and stays so.
-_CONTENT_CLASS = "54"
-# Postgres is there but cannot write, whatever it is given: full, starting, stopping, a standby.
-_AWAY_STATES = ("08", "25006", "53", "57P", "58")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +105,6 @@ class Health:
                 lasting=False,
             )
         return self.deleting
-
-
-def lies_in_the_content(error: Exception) -> bool:
-    """Whether trying the same messages again cannot help: their content is what our code or Postgres cannot take."""
-    if isinstance(error, StatementError):
-        return (
-            not isinstance(error, DBAPIError)
-            or isinstance(error, DataError | IntegrityError)
-            or _sqlstate(error).startswith(_CONTENT_CLASS)
-        )
-    return not isinstance(error, SQLAlchemyError | OSError | RuntimeError)
-
-
-def _sqlstate(error: Exception) -> str:
-    return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
 
 
 class Intake:
@@ -373,12 +353,12 @@ class QueueReader:
 
     async def _refuses(self, error: Exception, messages: int) -> bool:
         """Whether Postgres answers and yet takes nothing in; otherwise it is away, and comes back by itself."""
-        self._away = _sqlstate(error).startswith(_AWAY_STATES) or not await self._database_answers()
+        self._away = sqlstate(error).startswith(AWAY_STATES) or not await self._database_answers()
         log.warning(
             "intake.commit_failed",
             customer_id=str(self.source.customer_id),
             error=type(error).__name__,
-            sqlstate=_sqlstate(error),
+            sqlstate=sqlstate(error),
             messages=messages,
             database="away" if self._away else "answers",
         )
@@ -432,14 +412,10 @@ class QueueReader:
                         await asyncio.sleep(DATABASE_BACKOFF_SECONDS[0])
 
     async def _set_aside(self, message: SqsMessage, error: Exception) -> None:
-        """To quarantine, to be replayed when it can be taken in. A defect of ours, so an operator is alarmed."""
-        assert self._queue is not None
-        metrics.ALARMS.labels("unprocessable").inc()
-        log.error("intake.unprocessable", message_id=message.message_id, exc_info=error)
+        """To quarantine, to be replayed when it can be taken in."""
         received = Received(message.body, EventSource.SQS, message.message_id, message.sent_at, message.receive_count)
-        cause = type(error.orig if isinstance(error, DBAPIError) else error).__name__
         try:
-            await set_aside(self.runtime.intake_db, await self.facts.of(self.source.customer_id), received, cause)
+            await set_aside(self.runtime.intake_db, await self.facts.of(self.source.customer_id), received, error)
         except Exception as failure:
             # Not even that: it stays in the queue, for its dead letters.
             await self._refuses(failure, 1)

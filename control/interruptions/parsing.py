@@ -164,27 +164,34 @@ def parse(body: str | bytes, *, owner: QueueOwner, received_at: datetime, sent_a
         return Quarantine(refused.reason, refused.detail, digest, event_type, refused.security)
 
 
-def from_agent(event: SpotEvent, *, region: str, account_id: str | None, received_at: datetime) -> ParsedEvent:
+def from_agent(event: SpotEvent, *, region: str, account_id: str | None, received_at: datetime) -> ParsedEvent | Drop:
     """An event an agent saw on its node (instance metadata) or in its cluster, already validated by its contract.
 
-    ``detail['time']`` of a metadata notice is the exact moment EC2 will act.
+    ``detail['time']`` of a metadata notice is the exact moment EC2 will act; ``detail['state']`` of a state change is
+    the instance's new one, and only one that ends it is acted on, as from anybody else.
     """
     content = json.dumps(
         [event.event_type, event.instance_id, event.occurred_at.isoformat(), event.detail], default=str
     )
+    key = "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+    said = event.detail.get("state")
+    state = said if isinstance(said, str) else None
+    if event.event_type is EventKind.INSTANCE_STATE_CHANGE and state not in TERMINAL_OR_ENDING_STATES:
+        starting = state in ("pending", "running")
+        return Drop("instance_starting" if starting else "unknown_state", key, event.event_type.value)
     flags: set[str] = set()
     occurred_at = _place_in_time(event.occurred_at, received_at, flags)
     exact = event.detail.get("time")
     deadline = _read_time(exact, set()) if isinstance(exact, str) else None
     return ParsedEvent(
         kind=event.event_type,
-        dedupe_key="sha256:" + hashlib.sha256(content.encode()).hexdigest(),
+        dedupe_key=key,
         region=region,
         account_id=account_id,
         occurred_at=occurred_at,
         instance_ids=(event.instance_id,),
         action=event.instance_action or _default_action(event.event_type),
-        state=event.detail.get("state") if isinstance(event.detail.get("state"), str) else None,
+        state=state,
         exact_deadline=deadline,
         node_name=event.node_name,
         flags=frozenset(flags),

@@ -29,7 +29,6 @@ from control.interruptions.parsing import (
     ParsedEvent,
     Quarantine,
     QueueOwner,
-    body_digest,
     from_agent,
     kept_body,
     parse,
@@ -45,7 +44,7 @@ from control.interruptions.policies import (
     policies_from_config,
 )
 from control.interruptions.repository import CustomerFacts, InterruptionRow
-from warehouse.contracts import EventKind, EventSource, InterruptionAction, SpotEvent, TaskType
+from warehouse.contracts import AgentEvents, EventKind, EventSource, InterruptionAction, TaskType
 from warehouse.postgres.models import new_id
 from warehouse.postgres.session import Database, narrow, widen
 
@@ -106,6 +105,14 @@ class Ingested:
     interruptions: list[UUID] = field(default_factory=list)
     clusters: set[UUID] = field(default_factory=set)
     launches: bool = False
+
+    def add(self, other: Ingested) -> None:
+        """Count another batch in."""
+        for name in ("new", "duplicates", "handled", "waiting", "dropped", "quarantined"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.interruptions += other.interruptions
+        self.clusters |= other.clusters
+        self.launches |= other.launches
 
     async def ring(self, bells: Bells | None) -> None:
         """Wake agents, launchers and the outbox."""
@@ -173,46 +180,17 @@ async def ingest(
     return await ingest_outcomes(db, facts, outcomes, now=now)
 
 
-async def set_aside(db: Database, facts: CustomerFacts, message: Received, cause: str) -> Ingested:
-    """Quarantine a message that could not be taken in; ``cause`` names the error. It can be replayed.
-
-    Raises:
-        sqlalchemy.exc.DBAPIError: not even its body can be kept, or Postgres is away.
-    """
-    kept = Quarantine("unprocessable", f"{cause} while it was taken in", body_digest(message.body))
-    return await ingest_outcomes(db, facts, [(message, kept)], now=db.now())
-
-
 def queue_owner(facts: CustomerFacts, queue_region: str = "") -> QueueOwner:
     """Whose message it is, before its body is read. A customer without clusters may be told of any region."""
     regions = facts.regions | {queue_region} if facts.regions and queue_region else facts.regions
     return QueueOwner(facts.account_id, regions, queue_region)
 
 
-async def accept_agent_events(
-    db: Database, *, customer_id: UUID, cluster_id: UUID, region: str, events: Sequence[SpotEvent]
-) -> Ingested:
-    """Take in what an agent saw on its nodes. The cluster is the key's, the contract has validated the rest."""
-    async with db.tenant(customer_id) as conn:
-        facts = await repository.customer_facts(conn, customer_id)
-    if facts is None:
-        raise UnknownCustomer(f"no customer {customer_id}")
-    now = db.now()
-    outcomes: list[tuple[Received, Outcome]] = [
-        (
-            Received(repository.to_json(event.model_dump(mode="json")), EventSource.AGENT, cluster_id=cluster_id),
-            from_agent(event, region=region, account_id=facts.account_id, received_at=now),
-        )
-        for event in events
-    ]
-    return await ingest_outcomes(db, facts, outcomes, now=now)
-
-
 def read_again(message: Received, facts: CustomerFacts, now: datetime) -> Outcome:
     """What a kept message means: an agent's notice is its own contract, all others are what AWS sends."""
     if message.source is EventSource.AGENT:
         try:
-            event = SpotEvent.model_validate_json(message.body)
+            (event,) = AgentEvents.model_validate_json(message.body).events
         except ValueError:
             pass
         else:

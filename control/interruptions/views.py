@@ -14,7 +14,7 @@ from sqlalchemy import Row
 
 from control.bus.bells import Bells
 from control.errors import Invalid, NotFound
-from control.interruptions import repository, return_repository, returning, service, views_repository
+from control.interruptions import repository, return_repository, returning, service, taking, views_repository
 from control.interruptions.parsing import ParsedEvent
 from control.interruptions.schemas import (
     AttemptAnswer,
@@ -270,14 +270,14 @@ async def push(db: Database, bells: Bells | None, principal: Principal, body: by
 
     Raises:
         Invalid: the key belongs to no customer.
+        Unavailable: it must be delivered again.
     """
     if principal.customer_id is None:
         raise Invalid(
             "events are pushed with a key of the customer they belong to; make one with POST /api/v1/api-keys"
         )
     facts = await service.Facts(db).of(principal.customer_id)
-    done = await service.ingest(db, facts, [Received(body, EventSource.PUSH)])
-    await done.ring(bells)
+    done = await taking.accept_pushed(db, bells, facts, body)
     if done.duplicates:
         return "duplicate"
     return next(name for name in ("handled", "waiting", "dropped", "quarantined") if getattr(done, name))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -126,3 +128,32 @@ async def create_tenant(db: Database, *, region: str = "us-east-1", **values: An
         await repository.insert_rows(conn, "customers", [customer], order="id")
         await repository.insert_rows(conn, "clusters", [cluster], order="id")
     return tenant
+
+
+@asynccontextmanager
+async def refusing(db: Database, instance_id: str, condition: str) -> AsyncIterator[None]:
+    """Postgres refuses interruptions of one instance with an error of this condition, until the block ends."""
+    name = "refuse_" + instance_id.removeprefix("i-")
+
+    async def run(*statements: str) -> None:
+        async with db.system() as conn:
+            await conn.execute(text("RESET ROLE"))
+            for statement in statements:
+                await conn.execute(text(statement))
+
+    await run(
+        f"""
+        CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF NEW.instance_id = '{instance_id}' THEN
+                RAISE EXCEPTION 'no such text' USING ERRCODE = '{condition}';
+            END IF;
+            RETURN NEW;
+        END $$
+        """,
+        f"CREATE TRIGGER {name} BEFORE INSERT ON interruptions FOR EACH ROW EXECUTE FUNCTION {name}()",
+    )
+    try:
+        yield
+    finally:
+        await run(f"DROP TRIGGER {name} ON interruptions", f"DROP FUNCTION {name}()")

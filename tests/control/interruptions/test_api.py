@@ -10,7 +10,7 @@ import pytest
 
 from tests.control.api import Api
 from tests.control.api import Tenant as Keys
-from tests.control.interruptions.tenants import Tenant
+from tests.control.interruptions.tenants import Tenant, refusing
 
 
 @pytest.fixture
@@ -82,6 +82,114 @@ async def test_an_agents_notice_is_the_same_interruption(api: Api, keys: Keys, c
     )
     (found,) = (await api.ok("GET", "/interruptions", keys.analyst_key))["interruptions"]
     assert found["detected_by"] == ["push", "agent"]
+
+
+async def _quarantined(api: Api, keys: Keys) -> list[dict[str, Any]]:
+    return (await api.ok("GET", "/quarantine", keys.analyst_key))["messages"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "cause"),
+    [("data_exception", "DataException"), ("program_limit_exceeded", "ProgramLimitExceeded")],
+)
+async def test_a_pushed_event_that_cannot_be_taken_in_is_set_aside_and_replayed(
+    api: Api, keys: Keys, customer: Tenant, condition: str, cause: str
+) -> None:
+    """EventBridge would deliver it for a day and every time in vain: it is kept with the reason instead."""
+    bad = await customer.node()
+    warning = customer.warning(bad)
+    async with refusing(api.db, bad, condition):
+        assert await _push(api, keys, warning) == "quarantined"
+        assert await _push(api, keys, warning) == "duplicate"
+        (message,) = await _quarantined(api, keys)
+        assert message["reason"].startswith(f"unprocessable: {cause}")
+        assert json.loads(message["body"]) == warning
+    replayed = await api.ok("POST", f"/quarantine/{message['id']}/replay", keys.admin_key)
+    assert (replayed["outcome"], len(replayed["interruptions"])) == ("handled", 1)
+
+
+async def test_a_pushed_event_that_the_database_fails_on_is_delivered_again(
+    api: Api, keys: Keys, customer: Tenant
+) -> None:
+    """An error that says nothing of the content: it stays with its sender, who is told to come again."""
+    bad = await customer.node()
+    warning = customer.warning(bad)
+    async with refusing(api.db, bad, "internal_error"):
+        answer = await api.call("POST", "/events/aws", keys.admin_key, json=warning)
+        assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+        assert await _quarantined(api, keys) == []
+    assert await _push(api, keys, warning) == "handled"
+
+
+def _notice(instance: str, **values: Any) -> dict[str, Any]:
+    return {
+        "event_type": "spot_interruption",
+        "instance_id": instance,
+        "occurred_at": datetime.now(UTC).isoformat(),
+        "instance_action": "terminate",
+    } | values
+
+
+async def _notify(api: Api, keys: Keys, *notices: dict[str, Any]) -> Any:
+    body = json.dumps({"cluster_id": str(keys.cluster_id), "events": list(notices)})
+    headers = {"Content-Type": "application/json"}
+    return await api.call("POST", "/client/events", keys.agent_key, content=body, headers=headers)
+
+
+async def _drained_nodes(customer: Tenant) -> set[str]:
+    rows = await customer.rows("SELECT parameters FROM agent_tasks WHERE customer_id = :customer_id")
+    return {row.parameters["instance_id"] for row in rows}
+
+
+@pytest.mark.parametrize("poison", [{"n": "\x00"}, {"n": "\ud800"}], ids=["nul", "surrogate"])
+async def test_a_notice_that_cannot_be_stored_does_not_hold_up_what_came_with_it(
+    api: Api, keys: Keys, customer: Tenant, poison: dict[str, Any]
+) -> None:
+    """Of one body: the good ones are taken in, the bad one is kept with the reason, and the agent need not repeat."""
+    nodes = [await customer.node() for _ in range(4)]
+    bad = nodes[1]
+    notices = [_notice(node, detail=poison if node == bad else {}) for node in nodes]
+    for known in (0, 4):
+        answer = await _notify(api, keys, *notices)
+        assert answer.status_code == 200, answer.text
+        assert (answer.json()["accepted"], answer.json()["duplicate"]) == (4 - known, known)
+    assert await _drained_nodes(customer) == set(nodes) - {bad}
+    (message,) = await _quarantined(api, keys)
+    assert message["reason"].startswith("unprocessable: ")
+    assert bad in message["body"]
+
+
+async def test_a_notice_the_database_fails_on_does_not_hold_up_its_neighbours(
+    api: Api, keys: Keys, customer: Tenant
+) -> None:
+    nodes = [await customer.node() for _ in range(3)]
+    async with refusing(api.db, nodes[0], "internal_error"):
+        answer = await _notify(api, keys, *(_notice(node) for node in nodes))
+        assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+        assert await _drained_nodes(customer) == set(nodes[1:])
+
+
+async def test_agents_tell_what_they_can_know(api: Api, keys: Keys, customer: Tenant) -> None:
+    node = await customer.node()
+    unknowable = (
+        "asg_terminate_lifecycle",
+        "asg_launch_lifecycle",
+        "launch_unsuccessful",
+        "scheduled_change",
+        "capacity_reservation_interruption",
+    )
+    for kind in unknowable:
+        answer = await _notify(api, keys, _notice(node), _notice(node, event_type=kind))
+        assert answer.status_code == 422, kind
+        assert [error["field"] for error in answer.json()["errors"]] == ["body.events.1.event_type"]
+    # Known and valid, but no end of an instance.
+    for state in ("running", "pending", "", None, 7):
+        notice = _notice(node, event_type="instance_state_change", detail={"state": state})
+        assert (await _notify(api, keys, notice)).json()["interruptions"] == []
+    assert await _drained_nodes(customer) == set()
+    for kind, detail in (("rebalance_recommendation", {}), ("instance_state_change", {"state": "shutting-down"})):
+        assert (await _notify(api, keys, _notice(node, event_type=kind, detail=detail))).is_success, kind
+    assert await _drained_nodes(customer) == {node}
 
 
 async def test_quarantine_is_listed_and_replayed_by_one_call(api: Api, keys: Keys, customer: Tenant) -> None:

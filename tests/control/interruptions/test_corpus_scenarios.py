@@ -16,12 +16,13 @@ from sqlalchemy import text
 from control.gateways.aws import AwsGateway
 from control.interruptions import closing, repository
 from control.interruptions.runtime import Runtime
-from control.interruptions.service import Received, accept_agent_events, ingest
+from control.interruptions.service import Received, ingest
+from control.interruptions.taking import accept_agent_events
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.corpus import Scenario, scenarios
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
 from tests.control.interruptions.tenants import Tenant, create_tenant
-from warehouse.contracts import EventKind, EventSource, InterruptionAction, SpotEvent
+from warehouse.contracts import AgentEvent, EventKind, EventSource, InterruptionAction
 from warehouse.postgres.models import new_id
 from warehouse.postgres.session import Database
 
@@ -117,7 +118,7 @@ class Play:
         raise NotImplementedError
 
     async def _agent(self, instance: str) -> None:
-        event = SpotEvent(
+        event = AgentEvent(
             event_type=EventKind.SPOT_INTERRUPTION,
             instance_id=instance,
             occurred_at=datetime.now(UTC),
@@ -125,6 +126,7 @@ class Play:
         )
         await accept_agent_events(
             self.db,
+            None,
             customer_id=self.tenant.customer_id,
             cluster_id=self.tenant.cluster_id,
             region=self.tenant.region,

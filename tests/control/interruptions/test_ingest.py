@@ -9,8 +9,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from control.agents.repository import lease_tasks
-from control.interruptions.service import Received, accept_agent_events, ingest
-from warehouse.contracts import EventKind, EventSource, InterruptionAction, SpotEvent
+from control.interruptions.service import Received, ingest
+from control.interruptions.taking import accept_agent_events
+from warehouse.contracts import AgentEvent, EventKind, EventSource, InterruptionAction
 from warehouse.postgres.session import Database
 
 
@@ -93,7 +94,7 @@ async def test_four_signals_of_one_instance_in_any_order_are_one_interruption(db
     facts = await tenant.facts()
     for _ in range(6):
         instance = await tenant.node()
-        agent = SpotEvent(
+        agent = AgentEvent(
             event_type=EventKind.SPOT_INTERRUPTION,
             instance_id=instance,
             occurred_at=datetime.now(UTC),
@@ -107,9 +108,10 @@ async def test_four_signals_of_one_instance_in_any_order_are_one_interruption(db
         ]
         rng.shuffle(signals)
         for signal in signals:
-            if isinstance(signal, SpotEvent):
+            if isinstance(signal, AgentEvent):
                 await accept_agent_events(
                     db,
+                    None,
                     customer_id=tenant.customer_id,
                     cluster_id=tenant.cluster_id,
                     region=tenant.region,

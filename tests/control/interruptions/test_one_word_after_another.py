@@ -13,10 +13,11 @@ from control.interruptions import closing
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import deadlines, never_ready, orphans
 from control.interruptions.reconcilers import launch as launch_reconciler
-from control.interruptions.service import Ingested, Received, accept_agent_events, ingest
+from control.interruptions.service import Ingested, Received, ingest
+from control.interruptions.taking import accept_agent_events
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
-from warehouse.contracts import EventKind, EventSource, SpotEvent
+from warehouse.contracts import AgentEvent, EventKind, EventSource
 from warehouse.postgres.models import new_id
 
 
@@ -186,9 +187,9 @@ async def test_a_node_back_from_its_maintenance_is_warned_of_like_any_other(stag
 async def test_an_agent_speaks_for_its_own_cluster_only(stage: Stage) -> None:
     await stage.pause()
     (instance,) = await stage.launch_nodes()
-    event = SpotEvent(event_type=EventKind.SPOT_INTERRUPTION, instance_id=instance, occurred_at=datetime.now(UTC))
+    event = AgentEvent(event_type=EventKind.SPOT_INTERRUPTION, instance_id=instance, occurred_at=datetime.now(UTC))
     said = {"customer_id": stage.tenant.customer_id, "region": stage.tenant.region, "events": [event]}
-    done = await accept_agent_events(stage.db, cluster_id=new_id(), **said)
+    done = await accept_agent_events(stage.db, None, cluster_id=new_id(), **said)
     assert (done.quarantined, await stage.interruptions()) == (1, [])
 
 
