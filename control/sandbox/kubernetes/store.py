@@ -45,6 +45,8 @@ from control.sandbox.kubernetes.status import (
 # Changes kept for watches that resume, over all kinds. A real server keeps five minutes of them; this keeps a count so
 # that memory stays flat, and answers 410 Gone below it.
 HISTORY_LENGTH = 1000
+# How far revisions jump at a restore: more than a cluster writes between two dumps.
+RESTORE_STEP = 1_000_000
 # Snapshots kept for `continue` tokens; a list that pages slower than 16 others gets 410 as after a compaction.
 PAGE_SNAPSHOTS = 16
 # Events kept per cluster (a real server drops them after an hour).
@@ -520,8 +522,8 @@ class Store:
     ) -> AsyncIterator[dict[str, Any]]:
         """Watch events until the time is up or the store closes.
 
-        Without a revision (or with "0") the present objects come first as ADDED. A revision older than the history
-        yields one ERROR event with code 410. Bookmarks come every `bookmark_seconds` and at the end.
+        Without a revision (or with "0") the present objects come first as ADDED. A revision older than the history,
+        or from the future, yields one ERROR event with code 410. Bookmarks come every `bookmark_seconds` and at the end.
         """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_seconds
@@ -534,7 +536,8 @@ class Store:
                 yield _bookmark(resource, cursor, {"k8s.io/initial-events-end": "true"})
         else:
             cursor = _revision(since)
-            if cursor < self._compacted:
+            # A revision that was never given out is one of another life of this cluster: to wait for it is to miss events.
+            if cursor < self._compacted or cursor > self.revision:
                 yield _gone(cursor, self._compacted)
                 return
         next_bookmark = loop.time() + bookmark_seconds if bookmark_seconds else None
@@ -589,12 +592,16 @@ class Store:
         return msgspec.json.encode({"name": self.name, "revision": self.revision, "objects": objects})
 
     def restore(self, snapshot: bytes) -> None:
-        """Replace the contents by a dump; uids and revisions continue, older watches get 410."""
+        """Replace the contents by a dump; uids continue, revisions jump, watches of any earlier life get 410.
+
+        The writer of the dump may have been killed after further writes, which watchers have seen: no revision it gave
+        out may come back with another meaning. Dump again before anybody watches.
+        """
         state = msgspec.json.decode(snapshot)
         for resource in RESOURCES:
             items = state["objects"].get(f"{resource.api_version}/{resource.plural}", [])
             self._objects[resource] = {_key(obj): obj for obj in items}
-        self.revision = max(self.revision, state["revision"]) + 1
+        self.revision = max(self.revision, state["revision"]) + RESTORE_STEP
         self._history.clear()
         self._pages.clear()
         self._compacted = self.revision

@@ -336,12 +336,27 @@ def test_deleting_a_namespace_takes_its_contents(double: Double, core: client.Co
     assert core.list_namespaced_pod("shop").items == []
 
 
-def test_state_survives_a_dump_and_restore(double: Double, core: client.CoreV1Api) -> None:
+def test_state_survives_a_dump_and_restore_and_no_watch_misses_what_a_kill_undid(
+    double: Double, core: client.CoreV1Api
+) -> None:
     before = core.create_node(node_object("n1"))
     snapshot = double.call(double.store.dump)
     core.delete_node("n1")
+    core.create_node(node_object("n2"))
+    # what a watcher has seen of writes that the snapshot does not have
+    lost = core.list_node().metadata.resource_version
     double.call(double.store.restore, snapshot)
     after = core.read_node("n1")
     assert after.metadata.uid == before.metadata.uid
     assert after.metadata.resource_version == before.metadata.resource_version
-    assert int(core.list_node().metadata.resource_version) > int(before.metadata.resource_version)
+    restored = core.list_node().metadata.resource_version
+    assert int(restored) > int(lost)
+    core.create_node(node_object("n3"))
+    assert int(core.read_node("n3").metadata.resource_version) > int(lost)
+    # of an earlier life, and of a life whose state was thrown away
+    for unknown in (before.metadata.resource_version, lost, str(int(restored) + 1_000_000_000)):
+        with pytest.raises(ApiException) as gone:
+            list(watch.Watch().stream(core.list_node, resource_version=unknown, timeout_seconds=5))
+        assert gone.value.status == 410
+    events = list(watch.Watch().stream(core.list_node, resource_version=restored, timeout_seconds=1))
+    assert [(event["type"], event["object"].metadata.name) for event in events] == [("ADDED", "n3")]
