@@ -247,8 +247,12 @@ def sandbox_replay(
     ],
     speed: Annotated[float, typer.Option(help="Seconds of the recording that pass per second.", min=0.0)] = 1.0,
     port: Annotated[int, typer.Option(envvar="CLOUDOPTIM_SANDBOX_PORT", help="Port of the AWS endpoint.")] = 14566,
+    again: Annotated[bool, typer.Option("--again", help="Begin at --from, not where the last replay stopped.")] = False,
 ) -> None:
-    """Serve recorded Spot prices through AWS's price endpoints, in the foreground."""
+    """Serve recorded Spot prices through AWS's price endpoints, in the foreground.
+
+    `cloudoptim up` replays a recording in the whole product when CLOUDOPTIM_SANDBOX_REPLAY_PRICES names its folder.
+    """
     import asyncio
 
     from control.sandbox.aws.replay import serve_replay
@@ -256,7 +260,9 @@ def sandbox_replay(
     home = load_settings().home / "sandbox" / "replay"
     try:
         asyncio.run(
-            serve_replay(prices, start.replace(tzinfo=UTC), speed=speed, host="127.0.0.1", port=port, home=home)
+            serve_replay(
+                prices, start.replace(tzinfo=UTC), speed=speed, host="127.0.0.1", port=port, home=home, again=again
+            )
         )
     except (OSError, ValueError) as error:
         fail(str(error))

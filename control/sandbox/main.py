@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from control.sandbox.aws import SandboxAWS, SandboxConfig
+from control.sandbox.aws.replay import keep_time, replay_market
 from control.sandbox.fleet.fleet import Fleet, FleetConfig, control_routes
 from control.sandbox.fleet.plan import CUSTOMERS
 from control.sandbox.identity import CustomerIdentity, load_or_make, write_private
 from control.sandbox.kubernetes.kubelet import PodTiming
 from control.sandbox.kubernetes.server import QuietServer, clusters_app
+from control.sandbox.market import ReplayMarket
 from control.sandbox.registration import Registered, register
 from control.settings import Settings
 
@@ -61,6 +64,21 @@ class SandboxSettings(BaseSettings):
     """Divides every delay of nodes and pods, but not the 120 s of an interruption notice."""
     notice_seconds: float = Field(default=120.0, gt=0)
     """How long a drawn interruption is announced before; 120 on AWS."""
+    replay_prices: Path | None = None
+    """A folder of recorded prices (control/sandbox/market/replay.py) to be repeated; unset, prices are generated."""
+    replay_from: datetime | None = None
+    """The recorded moment (UTC) with which the replay begins."""
+    replay_speed: float = Field(default=1.0, gt=0, le=1_000_000)
+    """Seconds of the recording per second."""
+
+    def market(self, home: Path) -> ReplayMarket | None:
+        """The replay that is wished for, its clock below `home`; raises ValueError when it cannot be."""
+        if self.replay_prices is None:
+            return None
+        if self.replay_from is None:
+            raise ValueError("_FROM is not set; give it the recorded day to begin with, as 2023-03-20")
+        start = self.replay_from if self.replay_from.tzinfo else self.replay_from.replace(tzinfo=UTC)
+        return replay_market(self.replay_prices, start, self.replay_speed, home, in_real_time=True)
 
     def fleet(self) -> FleetConfig:
         """The fleet's pace."""
@@ -101,11 +119,16 @@ class Sandbox:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.addresses_file.unlink(missing_ok=True)
         identities = load_or_make(self._folder / "identity.json", CUSTOMERS)
+        try:
+            market = self._settings.market(self._folder)
+        except (OSError, ValueError) as error:
+            raise SandboxError(f"CLOUDOPTIM_SANDBOX_REPLAY_…: {error}") from error
         self.aws = await self._stack.enter_async_context(
             SandboxAWS(
                 SandboxConfig(
                     port=self._settings.port,
                     home=self._folder,
+                    market=market,
                     boot_seconds=(3.0 / self._settings.speed, 10.0 / self._settings.speed),
                     visibility_delay_seconds=(0.0, 5.0 / self._settings.speed),
                     rate_limits=RATE_LIMITS,
@@ -115,6 +138,11 @@ class Sandbox:
                 )
             )
         )
+        if market is not None:
+            recorded = market.clock.recorded(datetime.now(UTC))
+            log.info("the market repeats %s from %s on", self._settings.replay_prices, f"{recorded:%Y-%m-%d %H:%M} UTC")
+            keeping = asyncio.create_task(keep_time(market, log.warning))
+            self._stack.push_async_callback(_ended, keeping)
         for identity in identities:
             self.aws.add_account(identity.account_id, external_id=identity.external_id, region=identity.region)
         tokens = {c.cluster_name: c.k8s_token for identity in identities for c in identity.clusters}
@@ -270,6 +298,12 @@ def _customer_address(customer: Registered) -> dict[str, Any]:
             for cluster in identity.clusters
         ],
     }
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 async def _run(settings: Settings) -> None:

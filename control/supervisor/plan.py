@@ -34,6 +34,7 @@ from control.supervisor.errors import UpError
 
 PROBE_TIMEOUT_SECONDS = 2
 PYTHON = sys.executable
+REPLAY_PRICES = "CLOUDOPTIM_SANDBOX_REPLAY_PRICES"
 WORKER_ROUND = b"cloudoptim_worker_loop_seconds_count{"
 
 
@@ -75,7 +76,8 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     """Choose ports, generate secrets and compose the environment of every process.
 
     Raises:
-        UpError: a port variable is wrong, or the lake would be in the sandbox's buckets.
+        UpError: a port variable is wrong, the recording to replay is not there, or the lake would be in the sandbox's
+            buckets.
         SettingsError: outside the sandbox, a secret is missing or weak.
     """
     environ = with_config_file(environ)
@@ -97,6 +99,11 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
         )
     database_url = postgres.url() if postgres else settings.database_url
     urls = {name: PORTS[name].url(port, environ) for name, port in ports.items()}
+    if sandbox and (recording := environ.get(REPLAY_PRICES)):
+        # The processes have another working directory.
+        environ[REPLAY_PRICES] = str(Path(recording).expanduser().resolve())
+        if not Path(environ[REPLAY_PRICES]).is_dir():
+            raise UpError(f"{REPLAY_PRICES} names {recording}, which is no folder; set it to one of recorded prices")
     environment = {
         **(sandbox_environment(ports["sandbox"], environ) if sandbox else {**environ, "CLOUDOPTIM_SANDBOX": "0"}),
         **{name: value for name, value in FRUGAL.items() if not environ.get(name)},

@@ -522,8 +522,8 @@ class Store:
     ) -> AsyncIterator[dict[str, Any]]:
         """Watch events until the time is up or the store closes.
 
-        Without a revision (or with "0") the present objects come first as ADDED. A revision older than the history,
-        or from the future, yields one ERROR event with code 410. Bookmarks come every `bookmark_seconds` and at the end.
+        Without a revision (or with "0") the present objects come first as ADDED. A revision older than the history, or
+        from the future, yields one ERROR event with code 410. Bookmarks come every `bookmark_seconds` and at the end.
         """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_seconds
@@ -536,7 +536,7 @@ class Store:
                 yield _bookmark(resource, cursor, {"k8s.io/initial-events-end": "true"})
         else:
             cursor = _revision(since)
-            # A revision that was never given out is one of another life of this cluster: to wait for it is to miss events.
+            # A revision never given out is one of another life of this cluster: to wait for it is to miss events.
             if cursor < self._compacted or cursor > self.revision:
                 yield _gone(cursor, self._compacted)
                 return

@@ -6,13 +6,18 @@
         valid_from, region, instance_type, vcpus, memory_gib, on_demand_price_usd
 
 Every row is served as a record of its own: where the recording consists of snapshots, `timestamp` is a sampling time
-and a repeated price is an observation, not a change. One month of one region is in memory at a time (a few MB each).
+and a repeated price is an observation, not a change. Four months of a region are in memory at most (a few MB each).
+
+Two ways to tell the time. By default everything is said in recorded time: `now` is in 2023, and so are the records.
+With `in_real_time` (the sandbox of `cloudoptim up`) recorded moments appear at the real ones at which the clock reaches
+them, so that whoever asks for today's prices gets them; then only what the sandbox's EC2 can launch is sold.
 """
 
+import functools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +27,8 @@ import numpy.typing as npt
 import polars as pl
 
 from control.sandbox.market.catalogue import Pool, load_catalogue
+from control.sandbox.market.clock import ReplayClock
+from control.sandbox.market.clock import moment as _moment
 from control.sandbox.market.interface import PRODUCT, PriceChanges, microseconds
 
 ROWS_PER_CHUNK = 100_000
@@ -44,7 +51,7 @@ class _Month:
 class _Region:
     """The files of a region by their first moment, and its pools."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], sold: set[Pool] | None) -> None:
         spans, pools = [], []
         for file in files:
             rows = pl.scan_parquet(file, hive_partitioning=False).filter(pl.col("product_description") == PRODUCT)
@@ -65,29 +72,38 @@ class _Region:
             .sort("instance_type", "availability_zone")
             .rename({"availability_zone": "zone_id"})
         )
+        columns = ("region", "zone_id", "instance_type")
+        if sold is not None:
+            keys = [(pool.region, pool.zone_id, pool.instance_type) for pool in sold]
+            named = named.join(pl.DataFrame(keys, schema=dict.fromkeys(columns, pl.String), orient="row"), on=columns,
+                               how="semi").sort("instance_type", "zone_id")  # fmt: skip
         self.names = named.with_row_index("pool")
-        self.pools = tuple(Pool(*row) for row in named.select("region", "zone_id", "instance_type").iter_rows())
+        self.pools = tuple(Pool(*row) for row in named.select(*columns).iter_rows())
         self.index = {pool: i for i, pool in enumerate(self.pools)}
 
 
 class ReplayMarket:
-    """Recorded prices under a mapped clock: `start` now, `speed` seconds of the recording per second."""
-
-    history_limit: timedelta | None = None
+    """Recorded prices under a mapped clock: at first `start`, then `speed` seconds of the recording per second."""
 
     def __init__(
-        self, prices: Path, start: datetime, *, speed: float = 1.0, anchor_epoch_seconds: float | None = None
+        self,
+        prices: Path,
+        start: datetime,
+        *,
+        speed: float = 1.0,
+        state: Path | None = None,
+        in_real_time: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`anchor_epoch_seconds` is the real time that corresponds to `start` (default now): keep it over a restart.
+        """`state` keeps the clock over restarts; `clock` is the real time in seconds since the epoch.
 
-        Raises ValueError naming the folder when there is nothing to replay in it.
+        Raises ValueError naming the folder when there is nothing to replay in it, and with `in_real_time` when nothing
+        was recorded at `start`.
         """
         if start.tzinfo is None:
             raise ValueError("the start of a replay must carry a time zone (UTC)")
-        if speed < 0:
-            raise ValueError(f"speed {speed} must not be negative: seconds of the recording per second")
-        self.start, self.speed = start, speed
-        self.anchor_epoch_seconds = time.time() if anchor_epoch_seconds is None else anchor_epoch_seconds
+        self.in_real_time = in_real_time
+        self.history_limit: timedelta | None = timedelta(days=90) if in_real_time else None
         root = prices / "spot_price" if (prices / "spot_price").is_dir() else prices
         folders = sorted(root.glob("region=*"))
         files = {f.name.removeprefix("region="): sorted(f.glob("*.parquet")) for f in folders}
@@ -109,9 +125,38 @@ class ReplayMarket:
                 if row["vcpus"] and row["memory_gib"]:
                     self._sizes[row["instance_type"]] = (int(row["vcpus"]), float(row["memory_gib"]))
         self._catalogue = load_catalogue()
+        if in_real_time:
+            if not speed:
+                raise ValueError("speed 0 stands still; prices that appear in real time need a speed above 0")
+            if not self.recorded_span[0] <= start <= self.recorded_span[1]:
+                raise ValueError(
+                    f"nothing was recorded on {start:%Y-%m-%d}: the prices in {prices} go "
+                    f"from {self.recorded_span[0]:%Y-%m-%d} to {self.recorded_span[1]:%Y-%m-%d}"
+                )
+        self.clock = ReplayClock(
+            start, self.recorded_span[1], speed=speed, file=state, recording=str(prices.resolve()), now=clock
+        )
+        self._real = clock
 
     def now(self) -> datetime:
-        return self.start + timedelta(seconds=(time.time() - self.anchor_epoch_seconds) * self.speed)
+        recorded = self.clock.now()
+        return datetime.fromtimestamp(self._real(), UTC) if self.in_real_time else recorded
+
+    @functools.cached_property
+    def recorded_span(self) -> tuple[datetime, datetime]:
+        """First and last moment of all regions."""
+        files = [file for found in self._files.values() for file in found]
+        rows = pl.scan_parquet(files, hive_partitioning=False).filter(pl.col("product_description") == PRODUCT)
+        first, last = rows.select(pl.min("timestamp"), pl.max("timestamp").alias("last")).collect().row(0)
+        if first is None:
+            raise ValueError(f"{files[0].parents[1]} has no recorded prices of {PRODUCT}")
+        return first, last
+
+    def _recorded(self, at: datetime) -> datetime:
+        return self.clock.recorded(at) if self.in_real_time else at
+
+    def _real_time(self, recorded: datetime) -> datetime:
+        return self.clock.real(recorded) if self.in_real_time else recorded
 
     def regions(self) -> tuple[str, ...]:
         return tuple(self._files)
@@ -120,13 +165,13 @@ class ReplayMarket:
         return self._region(region).pools if region in self._files else ()
 
     def span(self, region: str) -> tuple[datetime, datetime]:
-        """First and last moment recorded; raises KeyError for a region that is not."""
+        """First and last moment recorded, in recorded time; raises KeyError for a region that is not."""
         spans = self._region(region).spans
         return _moment(spans[0][0]), _moment(max(last for _, last, _ in spans))
 
     def price_usd_per_hour(self, pool: Pool, at: datetime) -> float:
         state = self._region(pool.region)
-        i, when = state.index[pool], microseconds(at)
+        i, when = state.index[pool], microseconds(self._recorded(at))
         for first, _, file in reversed(state.spans):
             if first > when:
                 continue
@@ -145,8 +190,10 @@ class ReplayMarket:
         entry = self._on_demand(region, instance_type, at)
         if entry is None:
             return _moment(0)
-        first = self._listed[region, instance_type][0][0]
-        return entry[0].replace(day=1, hour=0, minute=0, second=0, microsecond=0) if entry[0] == first else entry[0]
+        since = entry[0]
+        if since == self._listed[region, instance_type][0][0]:
+            since = since.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        return self._real_time(since)
 
     def size(self, instance_type: str) -> tuple[int, float] | None:
         return self._sizes.get(instance_type)
@@ -163,7 +210,7 @@ class ReplayMarket:
         if region not in self._files:
             return
         state = self._region(region)
-        start_us, end_us = microseconds(start), microseconds(end)
+        start_us, end_us = microseconds(self._recorded(start)), microseconds(self._recorded(end))
         wanted = None
         if instance_types is not None or zone_ids is not None:
             wanted = np.array(
@@ -186,7 +233,7 @@ class ReplayMarket:
             begin = int(np.searchsorted(month.at, start_us, side="right"))
             for chunk_end in range(stop, begin, -ROWS_PER_CHUNK):
                 rows = slice(max(begin, chunk_end - ROWS_PER_CHUNK), chunk_end)
-                yield _selected(state, month, np.arange(rows.start, rows.stop), wanted)
+                yield self._selected(state, month, np.arange(rows.start, rows.stop), wanted)
             if first <= start_us:
                 looked_back += 1
                 before = month.pool[: min(begin, stop)][::-1]
@@ -194,7 +241,7 @@ class ReplayMarket:
                 index = len(before) - 1 - newest
                 fresh = missing[seen]
                 missing[seen] = False
-                yield _selected(state, month, np.sort(index[fresh]), None)
+                yield self._selected(state, month, np.sort(index[fresh]), None)
 
     def hazard_per_hour(self, pool: Pool, at: datetime) -> float:
         listed = self.on_demand_usd_per_hour(pool.region, pool.instance_type, at)
@@ -206,7 +253,12 @@ class ReplayMarket:
         )
 
     def capacity(self, pool: Pool, at: datetime, *, spot: bool) -> int:
-        """The recording does not say; there is always enough."""
+        """The recording does not say; there is always enough of what had a price."""
+        if spot:
+            try:
+                self.price_usd_per_hour(pool, at)
+            except KeyError:
+                return 0
         return 1_000
 
     def _on_demand(self, region: str, instance_type: str, at: datetime) -> tuple[datetime, float] | None:
@@ -214,12 +266,24 @@ class ReplayMarket:
         if not entries:
             return None
         # before its first sight a price is taken to have been the same: lists do not change often
-        return next((e for e in reversed(entries) if e[0] <= at), entries[0])
+        recorded = self._recorded(at)
+        return next((e for e in reversed(entries) if e[0] <= recorded), entries[0])
+
+    def _selected(
+        self, state: _Region, month: _Month, rows: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_] | None
+    ) -> PriceChanges:
+        if wanted is not None:
+            rows = rows[wanted[month.pool[rows]]]
+        at = month.at[rows]
+        return PriceChanges(
+            state.pools, month.pool[rows], self.clock.real_us(at) if self.in_real_time else at, month.usd[rows]
+        )
 
     def _region(self, region: str) -> _Region:
         with self._lock:
             if region not in self._regions:
-                self._regions[region] = _Region(self._files[region])
+                sold = set(self._catalogue.pools(region)) if self.in_real_time else None
+                self._regions[region] = _Region(self._files[region], sold)
             return self._regions[region]
 
     def _month(self, state: _Region, file: Path) -> _Month:
@@ -243,15 +307,3 @@ class ReplayMarket:
             while len(self._months) > _MONTHS_KEPT:
                 self._months.popitem(last=False)
             return month
-
-
-def _selected(
-    state: _Region, month: _Month, rows: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_] | None
-) -> PriceChanges:
-    if wanted is not None:
-        rows = rows[wanted[month.pool[rows]]]
-    return PriceChanges(state.pools, month.pool[rows], month.at[rows], month.usd[rows])
-
-
-def _moment(at_us: int) -> datetime:
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at_us)

@@ -164,6 +164,13 @@ def test_a_lake_in_the_sandboxs_own_buckets_is_refused(start):
     assert len(run.text.strip().splitlines()) == 1
 
 
+def test_a_recording_that_is_not_there_is_named(start, tmp_path):
+    run = start(CLOUDOPTIM_SANDBOX_REPLAY_PRICES=str(tmp_path / "nowhere"), CLOUDOPTIM_SANDBOX_REPLAY_FROM="2023-03-20")
+    assert run.process.wait(30) == 1
+    assert "CLOUDOPTIM_SANDBOX_REPLAY_PRICES names" in run.text
+    assert len(run.text.strip().splitlines()) == 1
+
+
 def test_without_a_sandbox_weak_secrets_are_refused_by_name(start):
     run = start(CLOUDOPTIM_SANDBOX="0", JWT_SECRET_KEY="changeme")
     assert run.process.wait(30) == 1

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from tests.sandbox.fleet.harness import RunningSandbox, eventually, instance_of
+from tests.sandbox.market.test_replay import record
 
 
 def picture(sandbox: RunningSandbox) -> dict[str, dict[str, tuple[str, str]]]:
@@ -31,14 +34,34 @@ def all_pods_run(sandbox: RunningSandbox) -> bool:
     )
 
 
-def test_a_restart_resumes_with_the_same_nodes_pods_and_ids(make_sandbox: Callable[..., RunningSandbox]) -> None:
-    sandbox = make_sandbox().start()
+def prices_of(sandbox: RunningSandbox) -> list[tuple[datetime, str]]:
+    """All Spot prices of an instance type, newest first."""
+    answer = sandbox.aws("ec2", "shop-prod").describe_spot_price_history(InstanceTypes=["m5.large"])
+    return [(row["Timestamp"], row["SpotPrice"]) for row in answer["SpotPriceHistory"]]
+
+
+def test_a_restart_resumes_with_the_same_nodes_pods_and_ids_and_the_replay_where_it_was(
+    make_sandbox: Callable[..., RunningSandbox], tmp_path: Path
+) -> None:
+    sandbox = make_sandbox(
+        CLOUDOPTIM_SANDBOX_REPLAY_PRICES=str(record(tmp_path / "prices")),
+        CLOUDOPTIM_SANDBOX_REPLAY_FROM="2023-04-01",
+        CLOUDOPTIM_SANDBOX_REPLAY_SPEED="20000",
+    ).start()
+    began = datetime.now(UTC)
     eventually(lambda: all_pods_run(sandbox))
     before, addresses = picture(sandbox), sandbox.addresses
+    seen = eventually(lambda: [row for row in prices_of(sandbox) if row[1] == "0.035300"])
     sandbox.stop()
     assert not (sandbox.home / "sandbox" / "addresses.json").exists()
+    stopped = datetime.now(UTC)
     sandbox.start()
     assert picture(sandbox) == before
+    # 2023-04-02 00:58 is 4.5 s after --from at this speed, the end of the recording at 04-03 20:58 is 12.4 s after it
+    prices = eventually(lambda: [row for row in prices_of(sandbox) if "the recording ended" in sandbox.log.read_text()])
+    assert [row for row in prices if row[1] == "0.035300" and row[0] < stopped][-len(seen) :] == seen, "the past stays"
+    assert prices[0][1] == "0.035400"
+    assert began - timedelta(seconds=30) < seen[-1][0] < prices[0][0] <= datetime.now(UTC)
     for old, new in zip(addresses["customers"], sandbox.addresses["customers"], strict=True):
         same = ("customer_id", "account_id", "external_id", "role_arn")
         assert {key: old[key] for key in same} == {key: new[key] for key in same}

@@ -1,6 +1,5 @@
 """Replay of recorded prices: by hand-made recordings, and the real one where it is present."""
 
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -82,16 +81,110 @@ def test_filters_and_prices_in_force(tmp_path: Path) -> None:
     assert market.size("z9.huge") == (64, 512.0)
 
 
-def test_clock_runs_at_its_speed_and_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
-    prices, home = record(tmp_path / "prices"), tmp_path / "home"
-    market = replay_market(prices, FIRST, 3600.0, home)
-    assert abs((market.now() - FIRST) / timedelta(hours=1)) < 10
-    again = replay_market(prices, FIRST, 3600.0, home)
-    assert again.anchor_epoch_seconds == market.anchor_epoch_seconds
-    other = replay_market(prices, FIRST, 60.0, home)
-    assert other.anchor_epoch_seconds > market.anchor_epoch_seconds
-    past = ReplayMarket(prices, FIRST, speed=86_400.0, anchor_epoch_seconds=time.time() - 2)
-    assert past.now() >= FIRST + timedelta(days=2)
+class Wall:
+    """Real time that passes when told."""
+
+    def __init__(self) -> None:
+        self.seconds = datetime(2026, 1, 10, tzinfo=UTC).timestamp()
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    @property
+    def at(self) -> datetime:
+        return datetime.fromtimestamp(self.seconds, UTC)
+
+
+def test_the_clock_stands_while_the_replay_is_stopped(tmp_path: Path) -> None:
+    prices, home, wall = record(tmp_path / "prices"), tmp_path / "home", Wall()
+    market = replay_market(prices, FIRST, 3600.0, home, clock=wall)
+    wall.seconds += 10
+    assert market.now() == FIRST + timedelta(hours=10)
+    market.clock.close()
+    wall.seconds += 86_400
+    again = replay_market(prices, FIRST, 3600.0, home, clock=wall)
+    assert again.now() == FIRST + timedelta(hours=10)
+    wall.seconds += 1
+    assert again.now() == FIRST + timedelta(hours=11)
+    # killed: it goes on at most two seconds later than it was, and never earlier
+    wall.seconds += 3600
+    killed = replay_market(prices, FIRST, 3600.0, home, clock=wall)
+    stood = killed.now()
+    assert FIRST + timedelta(hours=11) <= stood <= FIRST + timedelta(hours=13)
+    killed.clock.close()
+    # another speed goes on from the same place, --again and another start begin anew
+    slower = replay_market(prices, FIRST, 60.0, home, clock=wall)
+    assert slower.now() == stood
+    wall.seconds += 60
+    assert slower.now() == stood + timedelta(hours=1)
+    assert replay_market(prices, FIRST, 60.0, home, again=True, clock=wall).now() == FIRST
+    later = FIRST + timedelta(days=1)
+    assert replay_market(prices, later, 60.0, home, clock=wall).now() == later
+
+
+def test_the_last_prices_hold_when_the_recording_is_over(tmp_path: Path) -> None:
+    prices, wall = record(tmp_path / "prices"), Wall()
+    last = FIRST + timedelta(days=4, hours=20)
+    market = replay_market(prices, FIRST, 3600.0, tmp_path, clock=wall)
+    assert not market.clock.ended
+    wall.seconds += 86_400 * 365 * 1000
+    assert market.now() == last
+    assert market.clock.ended
+    assert market.price_usd_per_hour(Pool("us-east-1", "use1-az1", "m5.large"), market.now()) == pytest.approx(0.0354)
+    market.clock.close()
+    assert replay_market(prices, FIRST, 3600.0, tmp_path, clock=wall).now() == last
+
+
+def test_in_real_time_records_appear_when_the_clock_reaches_them_and_stay_there(tmp_path: Path) -> None:
+    prices, home, wall = record(tmp_path / "prices"), tmp_path / "home", Wall()
+    begun, day = wall.at, timedelta(days=1)
+
+    def started() -> ReplayMarket:
+        return replay_market(prices, FIRST + day, 24.0, home, in_real_time=True, clock=wall)
+
+    def records(market: ReplayMarket) -> list[tuple[datetime, str, float]]:
+        chunks = market.changes("us-east-1", begun - day, wall.at, zone_ids=["use1-az1"])
+        return sorted(
+            (datetime.fromtimestamp(at / 1e6, UTC), c.pools[i].instance_type, round(usd, 4))
+            for c in chunks
+            for i, at, usd in zip(c.pool, c.at, c.usd_per_hour, strict=True)
+        )
+
+    market = started()
+    assert market.history_limit == timedelta(days=90)
+    assert [pool.instance_type for pool in market.pools("us-east-1")] == ["m5.large"] * 2, "z9.huge is not sold"
+    assert market.clock.recorded(datetime(2006, 1, 1, tzinfo=UTC)) < FIRST
+    # what was recorded in the day before --from took the hour before the start
+    before = records(market)
+    assert [at for at, *_ in before] == [begun - timedelta(minutes=m * 2.5) for m in (24, 18, 11, 4, 0)]
+    wall.seconds += 15 * 60  # six hours of the recording
+    assert market.now() == wall.at
+    running = records(market)
+    assert running == [*before, (begun + timedelta(minutes=15), "m5.large", 0.0351)]
+    pool = Pool("us-east-1", "use1-az1", "m5.large")
+    assert market.price_usd_per_hour(pool, begun - timedelta(minutes=5)) == 0.035
+    assert market.price_usd_per_hour(pool, wall.at) == 0.0351
+    market.clock.close()
+    wall.seconds += 5 * 3600
+    market = started()
+    assert records(market) == running, "nothing new appeared while it was stopped, and the past is what it was"
+    assert market.price_usd_per_hour(pool, wall.at - timedelta(hours=1)) == 0.0351
+    wall.seconds += 45 * 60
+    market.now()
+    assert records(market)[len(running) :] == [
+        (wall.at - timedelta(minutes=45) + timedelta(minutes=m * 2.5), "m5.large", usd)
+        for m, usd in ((7, 0.0351), (14, 0.0351), (18, 0.0352))
+    ]
+    # the list price that changed a recorded day after --from changed when that day was over
+    assert market.on_demand_usd_per_hour("us-east-1", "m5.large", wall.at - timedelta(seconds=1)) == 0.096
+    assert market.on_demand_usd_per_hour("us-east-1", "m5.large", wall.at) == 0.09
+    assert market.on_demand_since("us-east-1", "m5.large", wall.at) == wall.at
+
+
+def test_in_real_time_a_start_outside_the_recording_is_refused(tmp_path: Path) -> None:
+    prices = record(tmp_path / "prices")
+    with pytest.raises(ValueError, match="go from 2023-03-30 to 2023-04-03"):
+        replay_market(prices, FIRST + timedelta(days=50), 1.0, None, in_real_time=True)
 
 
 def test_a_folder_without_prices_is_named(tmp_path: Path) -> None:

@@ -25,13 +25,15 @@ def command(home: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_serves_the_recording_until_it_is_told_to_stop(tmp_path: Path) -> None:
     prices = record(tmp_path / "prices")
-    process = command(tmp_path, "--prices", str(prices), "--from", "2023-04-10", "--speed", "0", "--port", "0")
+    process = command(tmp_path, "--prices", str(prices), "--from", "2023-03-30", "--speed", "1e12", "--port", "0")
     assert process.stdout is not None
     try:
         name, _, url = process.stdout.readline().strip().partition("=")
         assert name == "AWS_ENDPOINT_URL"
         assert "us-east-1: 4 pools, 2023-03-30 to 2023-04-03" in process.stdout.readline()
-        assert "now is 2023-04-10 00:00 UTC" in process.stdout.readline()
+        # 30,000 years a second: at the end of the recording the clock stands and the last prices hold
+        assert "now is 2023-04-03 20:58 UTC" in process.stdout.readline()
+        assert "the recording ended at 2023-04-03 20:58 UTC: its last prices hold" in process.stdout.readline()
         batches = fetch_spot_prices(
             "us-east-1", FIRST, FIRST + timedelta(days=9), endpoint_url=url, credentials=Credentials("AKIA", "secret")
         )
