@@ -21,7 +21,7 @@ from uuid import UUID
 
 import psycopg
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from control.agents import repository as tasks
 from control.bus.bells import Bells
@@ -185,7 +185,7 @@ class Stage:
                     node_type=instance.lifecycle,
                 )
                 return
-            except DBAPIError:
+            except (SQLAlchemyError, OSError):
                 await asyncio.sleep(0.5)
 
     def state_of(self, instance_id: str) -> str:
@@ -197,7 +197,7 @@ class Stage:
         async with self.bells.listen("tasks", self.tenant.cluster_id) as bell:
             while True:
                 leased: list[OptimizationTask] = []
-                with contextlib.suppress(DBAPIError):
+                with contextlib.suppress(SQLAlchemyError, OSError):
                     # A server that does not answer is asked again.
                     leased = await self._lease() if self.agent_works else []
                     for task in leased:
@@ -375,9 +375,13 @@ async def stage(
             await found.stop_workers()
             for task in found._tasks:
                 task.cancel()
-            await asyncio.gather(*found._tasks, return_exceptions=True)
+            ended = await asyncio.gather(*found._tasks, return_exceptions=True)
             await bells.close()
             await db.close()
+            for error in ended:
+                # An agent that died in silence looks like a server that lost its tasks.
+                if isinstance(error, Exception):
+                    raise error
 
 
 def kill(process: Worker) -> None:

@@ -58,7 +58,7 @@ def delete_before_commit(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_epoch_check(patch: pytest.MonkeyPatch) -> None:
-    """Reports and calls count under whatever epoch they were begun."""
+    """Agents' reports count under whatever epoch they were begun."""
     original = tasks.record_report
 
     async def any_epoch(conn: Any, *, cluster_id: Any, task_id: Any, report: TaskResult) -> Any:
@@ -67,8 +67,21 @@ def no_epoch_check(patch: pytest.MonkeyPatch) -> None:
         return await original(conn, cluster_id=cluster_id, task_id=task_id, report=current)
 
     patch.setattr(tasks, "record_report", any_epoch)
+
+
+def no_launch_epoch_check(patch: pytest.MonkeyPatch) -> None:
+    """Calls are made, and their answers count, under whatever epoch the launch was claimed."""
     called = str(launch_repository._CALLED).replace("AND lease_epoch = :lease_epoch", "AND :lease_epoch > 0")
     patch.setattr(launch_repository, "_CALLED", text(called))
+    original = Launcher.record
+
+    async def any_epoch(self: Launcher, batch: Any, *args: Any, **options: Any) -> None:
+        async with self.runtime.db.system() as conn:
+            locked = await launch_repository.lock_batch(conn, batch.id)
+        assert locked is not None
+        await original(self, replace(batch, lease_epoch=locked[0].lease_epoch), *args, **options)
+
+    patch.setattr(Launcher, "record", any_epoch)
 
 
 def no_row_level_security(patch: pytest.MonkeyPatch) -> None:
@@ -99,11 +112,24 @@ MUTATIONS: dict[str, Mutation] = {
         no_client_token,
         delete_before_commit,
         no_epoch_check,
+        no_launch_epoch_check,
         no_row_level_security,
         set_instead_of_set_local,
         no_pagination,
         trusted_body,
     )
+}
+# What the trials find without it: the field of their summary that is not zero any more.
+FOUND_AS = {
+    "naive_launcher": "duplicates",
+    "no_client_token": "duplicates",
+    "delete_before_commit": "lost",
+    "no_epoch_check": "stale_reports_applied",
+    "no_launch_epoch_check": "stale_answers_applied",
+    "no_row_level_security": "seen_of_others",
+    "set_instead_of_set_local": "carried_over",
+    "no_pagination": "unfound",
+    "trusted_body": "acted_on_forged",
 }
 # For the zygote: applied for good.
 WORKERS: dict[str, Callable[[], None]] = {

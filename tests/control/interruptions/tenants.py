@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -72,8 +73,9 @@ class Tenant:
                 async with self.db.system() as conn:
                     return list((await conn.execute(text(sql), {"customer_id": self.customer_id} | values)).all())
             except DBAPIError as error:
-                # On a starved machine this process may be the one that was idle for too long.
-                if getattr(error.orig, "sqlstate", None) != "25P03":
+                # On a starved machine this process may be the one that was idle, or connecting, for too long.
+                starved = getattr(error.orig, "sqlstate", None) == "25P03"
+                if not starved and not isinstance(error.orig, psycopg.errors.ConnectionTimeout):
                     raise
 
     async def row(self, sql: str, **values: Any) -> Any:

@@ -17,14 +17,17 @@ from sqlalchemy.exc import OperationalError
 
 from control.agents import repository as tasks
 from control.interruptions import intake as intake_module
+from control.interruptions import launch_repository
+from control.interruptions.answers import Meaning, Reading
 from control.interruptions.intake import QueueReader, Source
+from control.interruptions.launch_repository import BatchRow
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers import missed
 from control.interruptions.service import Facts, Received, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
-from tests.control.interruptions.mutations import DATABASES, MUTATIONS
+from tests.control.interruptions.mutations import DATABASES, FOUND_AS, MUTATIONS
 from tests.control.interruptions.tenants import create_tenant
 from warehouse.contracts import EventSource, OptimizationTask, TaskResult, TaskStatus
 from warehouse.postgres import session
@@ -108,6 +111,34 @@ async def a_late_report_changes_nothing(stage: Stage, launcher: Launcher) -> lis
     return [] if task.state == "leased" else [f"the heir's task is {task.state} by the word of the one before"]
 
 
+async def a_late_call_changes_nothing(stage: Stage, launcher: Launcher) -> list[str]:
+    (instance,) = await stage.launch_nodes()
+    # Applied, and the answer lost: nobody knows the outcome.
+    stage.aws.inject(Fault("drop_after", action="RunInstances"))
+    message = Received(json.dumps(stage.tenant.warning(instance)), EventSource.SQS)
+    await ingest(stage.db, await stage.tenant.facts(), [message])
+    await launcher.plan_round()
+    await launcher.finish_calls(10)
+
+    async def claim(worker: str) -> BatchRow:
+        await stage.pass_leases()
+        async with stage.db.system() as conn:
+            (batch,) = await launch_repository.claim_batches(conn, worker=worker, limit=10)
+        return batch
+
+    late, heir = await claim("late"), await claim("heir")
+    calls = len(stage.calls("RunInstances"))
+    async with stage.db.system() as conn:
+        clusters = await launch_repository.cluster_facts(conn, [late.cluster_id])
+    await launcher.call(late, clusters[late.cluster_id])
+    await launcher.record(late, Reading(Meaning.REFUSED, "InsufficientInstanceCapacity", ""))
+    broken = ["the late one called"] if len(stage.calls("RunInstances")) > calls else []
+    batch = await stage.tenant.row("SELECT state, leased_by, lease_epoch FROM launch_batches")
+    if (batch.state, batch.leased_by, batch.lease_epoch) != ("unknown", "heir", heir.lease_epoch):
+        broken.append(f"the heir's call is {batch.state} by the word of the one before")
+    return broken
+
+
 async def every_ended_instance_is_found(stage: Stage, launcher: Launcher) -> list[str]:
     instances = await stage.launch_nodes(3)
     stage.aws._ec2.describe_page_size = 1
@@ -150,6 +181,7 @@ GUARDS: list[tuple[Scenario, str]] = [
     (one_instance_after_a_lost_answer, "naive_launcher"),
     (nothing_is_deleted_that_is_not_committed, "delete_before_commit"),
     (a_late_report_changes_nothing, "no_epoch_check"),
+    (a_late_call_changes_nothing, "no_launch_epoch_check"),
     (every_ended_instance_is_found, "no_pagination"),
     (a_foreign_account_is_refused, "trusted_body"),
     (a_tenant_sees_its_own_only, "no_row_level_security"),
@@ -158,7 +190,7 @@ GUARDS: list[tuple[Scenario, str]] = [
 
 
 def test_every_mutation_has_its_guard() -> None:
-    assert {name for _, name in GUARDS} == set(MUTATIONS)
+    assert {name for _, name in GUARDS} == set(MUTATIONS) == set(FOUND_AS)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
 
 from control.agents import repository as tasks
+from control.gateways.aws import VISIBILITY_TIMEOUT_SECONDS
 from control.sandbox.aws.faults import Fault
 from control.sandbox.aws.server import SandboxConfig
 from tests.control.interruptions.harness import Stage, kill
@@ -44,6 +46,11 @@ MOMENTS = ("before", "applied", "answered")
 PATIENCE_SECONDS = 1.5
 # R-05: an instance of an abandoned attempt is gone within five minutes.
 ORPHAN_SECONDS = 300.0
+# R-06 in a storm: from its being visible to its drain's being offered. The trials are one, with a worker killed every
+# third of a second.
+TAKEN_IN_SECONDS = 10.0
+# RELIABILITY §2.6, C-17: what an agent needs to pick a task up. Who is left with less may be too late, and is told so.
+AGENT_SECONDS = 5.0
 SILENT_SHARE = 0.03
 DECOYS = 2
 
@@ -56,19 +63,28 @@ class Summary:
     kills: int = 0
     lost_answers: int = 0
     seconds: float = 0.0
+    # From being sent to being taken in, the slowest; and those taken in so late that no agent could come in time.
+    slowest_seconds: float = 0.0
+    too_late: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+    # Warned of, or ended without a word, and no closed interruption.
     lost: int = 0
+    unfound: int = 0
     orphans: int = 0
     wrong_terminations: int = 0
     acted_on_forged: int = 0
     stale_reports_applied: int = 0
+    stale_answers_applied: int = 0
     seen_of_others: int = 0
+    carried_over: int = 0
     broken: list[str] = field(default_factory=list)
 
     def __iadd__(self, other: Summary) -> Summary:
+        slowest = max(self.slowest_seconds, other.slowest_seconds)
         for entry in fields(self):
             setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+        self.slowest_seconds = slowest
         return self
 
     def violations(self) -> dict[str, Any]:
@@ -80,15 +96,16 @@ class Summary:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
         return (
             f"trials {self.trials}, kills {self.kills}, lost answers {self.lost_answers}, "
-            f"duplicate launches {self.duplicates}, lost interruptions {self.lost}, orphans {self.orphans}, "
-            f"wrong terminations {self.wrong_terminations}, {self.seconds:.0f} s ({outcomes})"
+            f"duplicate launches {self.duplicates}, lost interruptions {self.lost + self.unfound}, "
+            f"orphans {self.orphans}, wrong terminations {self.wrong_terminations}, {self.seconds:.0f} s ({outcomes}; "
+            f"slowest taken in after {self.slowest_seconds:.1f} s, {self.too_late} too late for an agent)"
         )
 
 
 async def run_lanes(
-    trials: int, seed: int, database_urls: Sequence[str], redis_url: str, folder: Path, zygote: Zygote
+    trials: Sequence[int], seed: int, database_urls: Sequence[str], redis_url: str, folder: Path, zygote: Zygote
 ) -> Summary:
-    """Trials on several stages at once, one per database."""
+    """Trials, by number, dealt out to several stages at once, one per database."""
     started = time.monotonic()
     lanes = len(database_urls)
     config = SandboxConfig(visibility_delay_seconds=(0.0, 5.0), describe_page_size=5)
@@ -96,9 +113,8 @@ async def run_lanes(
     async def lane(number: int) -> Summary:
         logs = folder / f"lane-{number}"
         logs.mkdir()
-        share = trials // lanes + (number < trials % lanes)
         async with open_stage(database_urls[number], redis_url, logs, config=config, zygote=zygote) as stage:
-            return await Trials(stage, seed + number).run(share)
+            return await Trials(stage, seed).run(trials[number::lanes])
 
     total = Summary()
     for found in await asyncio.gather(*(lane(number) for number in range(lanes))):
@@ -108,48 +124,63 @@ async def run_lanes(
 
 
 class Trials:
-    """Trials on one stage.
+    """Trials on one stage. What a trial does follows from the seed and its number, so one can be made alone.
 
     ``hurry`` lets leases, visibility timeouts and the polls' minute run out every second, which only makes more
-    workers do the same thing at once; a short run then needs no waiting for them.
+    workers do the same thing at once; a short run then needs no waiting for them. ``late_caller``: begin with a call
+    that is answered when it is somebody else's, which takes some seconds.
     """
 
     def __init__(
-        self, stage: Stage, seed: int, *, workers: int = 2, hurry: bool = False, settle_seconds: float = 180.0
+        self,
+        stage: Stage,
+        seed: int,
+        *,
+        workers: int = 2,
+        hurry: bool = False,
+        settle_seconds: float = 180.0,
+        late_caller: bool = True,
     ) -> None:
-        self.stage, self.random, self.seed = stage, random.Random(seed), seed
-        self.hurry, self.settle_seconds = hurry, settle_seconds
+        self.stage, self.seed = stage, seed
+        self.hurry, self.settle_seconds, self.late_caller = hurry, settle_seconds, late_caller
         self.alive: list[Worker] = []
         self.workers = workers
         self.warned: list[str] = []
         self.silent: list[str] = []
         self.decoys: list[str] = []
         self.zombies: list[OptimizationTask] = []
+        # What was done to each instance's worker, and the message that warned of its end with its moment (Unix
+        # seconds).
+        self.told: dict[str, str] = {}
+        self.messages: dict[str, tuple[str, float]] = {}
         self.summary = Summary()
 
-    async def run(self, trials: int) -> Summary:
-        """All trials, the wait for the end of everything, and the count."""
+    async def run(self, trials: Sequence[int]) -> Summary:
+        """Trials by number, the wait for the end of everything, and the count."""
         started = time.monotonic()
         stage = self.stage
         await stage.tenant.config("max_launches_per_hour", 100_000)
         # The customer's own machines first: the faults are for our calls.
-        wanted = trials + 1 + DECOYS
+        wanted = len(trials) + 1 + self.late_caller + DECOYS
         nodes = [i for start in range(0, wanted, 50) for i in await stage.launch_nodes(min(50, wanted - start))]
         self.decoys = [nodes.pop() for _ in range(DECOYS)]
         late = nodes.pop()
         mine = stage.tenant.account_id
+        await record_states(stage)
+        self.alive = [stage.start_worker() for _ in range(self.workers)]
+        if self.late_caller:
+            await self._late_caller(nodes.pop())
         losses = [
             Fault("drop_after", action=action, account_id=mine, probability=LOST_ANSWERS, seed=self.seed, count=None)
             for action in ("RunInstances", "DeleteMessageBatch", "TerminateInstances", "DescribeInstances")
         ]
         for fault in losses:
             stage.aws.inject(fault)
-        self.alive = [stage.start_worker() for _ in range(self.workers)]
         hurrying = asyncio.create_task(self._hurry()) if self.hurry else None
         try:
             await self._late_agent(late)
-            for instance in nodes:
-                await self._trial(instance)
+            for number, instance in zip(trials, nodes, strict=True):
+                await self._trial(number, instance)
             await self._settle()
         finally:
             if hurrying is not None:
@@ -162,8 +193,8 @@ class Trials:
 
     # --- what happens
 
-    async def _trial(self, instance: str) -> None:
-        stage, rng = self.stage, self.random
+    async def _trial(self, number: int, instance: str) -> None:
+        stage, rng = self.stage, random.Random(f"{self.seed}/{number}")
         victim = rng.randrange(self.workers)
         fault = Fault(
             "signal",
@@ -174,13 +205,17 @@ class Trials:
         )
         if fault.action == "AssumeRole":
             fault.account_id = None
+        self.told[instance] = (
+            f"trial {number} at {datetime.now(UTC):%H:%M:%S.%f}, worker {fault.pid} to be killed at {fault.action} "
+            f"({fault.moment})"
+        )
         stage.aws.inject(fault)
         if rng.random() < SILENT_SHARE or not self.silent:
             self.silent.append(instance)
             stage.aws.terminate(instance, reason="Server.SpotInstanceTermination")
         else:
             self.warned.append(instance)
-            stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+            self._warn(instance)
         if rng.random() < 0.1 or self.summary.trials == 0:
             forged = stage.tenant.warning(rng.choice(self.decoys), account="999999999999")
             stage.aws.send_event(stage.queue, forged)
@@ -193,6 +228,13 @@ class Trials:
         self.summary.kills += 1
         self.alive[victim] = stage.start_worker()
 
+    def _warn(self, instance: str) -> None:
+        now = time.time()
+        self.messages[instance] = (
+            self.stage.aws.send_event(self.stage.queue, self.stage.tenant.warning(instance)),
+            now,
+        )
+
     async def _late_agent(self, instance: str) -> None:
         """An agent takes a drain, goes silent, loses its lease, and reports a failure after the heir has begun."""
         stage = self.stage
@@ -200,7 +242,7 @@ class Trials:
         stage.agent_works = False
         # Not while the good agent is in the middle of a turn.
         await asyncio.sleep(0.1)
-        stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
+        self._warn(instance)
 
         async def lease(agent: str) -> list[OptimizationTask]:
             async with stage.db.tenant(stage.tenant.customer_id) as conn:
@@ -217,6 +259,31 @@ class Trials:
         await self._report(late, TaskStatus.FAILED)
         await self._report(heir, TaskStatus.DONE)
         stage.agent_works = True
+
+    async def _late_caller(self, instance: str) -> None:
+        """A call outlives its lease: when it ends without an answer, another one for the same launch is under way."""
+        stage = self.stage
+        stage.aws.inject(Fault("hang", action="RunInstances", account_id=stage.tenant.account_id, seconds=5.0))
+        stage.aws.inject(Fault("hang_after", action="RunInstances", account_id=stage.tenant.account_id, seconds=8.0))
+        self._warn(instance)
+
+        async def calls(number: int) -> Any:
+            rows = await stage.tenant.rows("SELECT calls, lease_epoch, state, leased_by FROM launch_batches")
+            return [row for row in rows if row.calls >= number]
+
+        await stage.until(lambda: calls(1), 30)
+        # At once, however long the first has been under way: the second must still be when the first ends.
+        await stage.pass_leases()
+        (second,) = await stage.until(lambda: calls(2), 30)
+
+        async def over() -> str | None:
+            if "launch.stale_answer" in stage.logs():
+                return "refused"
+            (now,) = await calls(2)
+            return "applied" if (now.lease_epoch, now.leased_by) != (second.lease_epoch, second.leased_by) else None
+
+        if await stage.until(over, 30) == "applied":
+            self.summary.stale_answers_applied += 1
 
     async def _report(self, task: OptimizationTask, status: TaskStatus) -> None:
         report = TaskResult(lease_epoch=task.lease_epoch, report_id=new_id(), status=status, detail={})
@@ -272,33 +339,54 @@ class Trials:
         rows = await stage.interruptions()
         by_instance = {row.instance_id: row for row in rows}
         summary.outcomes = Counter(row.outcome or row.state for row in rows)
-        wanted = {*self.warned, *self.silent}
-        summary.lost = sum(
-            1 for instance in wanted if instance not in by_instance or by_instance[instance].state != "closed"
-        )
-        for instance in wanted:
-            if instance not in by_instance or by_instance[instance].state != "closed":
-                summary.broken.append(await self._story(instance))
+        closed = {instance for instance, row in by_instance.items() if row.state == "closed"}
+        summary.lost = len(set(self.warned) - closed)
+        summary.unfound = len(set(self.silent) - closed)
+        for instance in {*self.warned, *self.silent} - closed:
+            summary.broken.append(await self._story(instance))
         summary.acted_on_forged = sum(1 for instance in self.decoys if instance in by_instance)
         summary.orphans = len(await self._orphans())
         summary.duplicates = await self._duplicates()
         summary.wrong_terminations = await self._wrong_terminations()
-        summary.seen_of_others = await self._seen_of_others()
+        summary.seen_of_others, summary.carried_over = await self._leaks()
         if not summary.violations():
             # What is closed as it should be still has to be complete: one drain, one Ready replacement, no hole.
             # A warning that was in the hands of one killed worker after the other until its two minutes were over
             # is missed and said to be.
             overdue = {i for i, row in by_instance.items() if row.received_at >= row.deadline_at}
-            undrained = {*self.silent, *overdue}
-            summary.broken = await exactly_one_of_everything(stage, undrained=undrained)
-            for instance in set(self.warned) - undrained:
-                if by_instance[instance].outcome not in ("handled", "handled_late"):
-                    summary.broken.append(f"{by_instance[instance].outcome}: {await self._story(instance)}")
+            summary.broken = await exactly_one_of_everything(stage, undrained={*self.silent, *overdue})
+            await self._judge_times(by_instance)
+
+    async def _judge_times(self, by_instance: dict[str, Any]) -> None:
+        """Each reader killed with a warning in its hands costs a visibility timeout, and nothing else costs much."""
+        calls = await asyncio.to_thread(self.stage.aws.history, action="ReceiveMessage")
+        handed_out: dict[str, list[float]] = defaultdict(list)
+        for entry in calls:
+            for message in entry["result"].get("message_ids", []):
+                handed_out[message].append(datetime.fromisoformat(entry["at"]).timestamp())
+        for instance, (message, sent) in self.messages.items():
+            row = by_instance[instance]
+            taken_in = row.received_at.timestamp()
+            readers = max(sum(1 for at in handed_out[message] if at <= taken_in + 1), 1)
+            took = taken_in - sent
+            self.summary.slowest_seconds = max(self.summary.slowest_seconds, took)
+            problem = None
+            if took > readers * TAKEN_IN_SECONDS + (readers - 1) * VISIBILITY_TIMEOUT_SECONDS:
+                problem = f"taken in after {took:.1f} s in the hands of {readers}"
+            elif row.outcome not in ("handled", "handled_late"):
+                left = row.deadline_at.timestamp() - taken_in
+                if row.outcome != "missed" or left >= AGENT_SECONDS:
+                    problem = f"{row.outcome}, taken in with {left:.1f} s left"
+                self.summary.too_late += 1
+            if problem is not None:
+                self.summary.broken.append(f"{problem}: {await self._story(instance)}")
 
     async def _story(self, instance: str) -> str:
         """All that is known of an interruption that should be closed."""
         rows = await self.stage.tenant.rows(
-            """SELECT i.state, i.version, t.state AS task, l.state AS intent, l.reason, l.next_action_at, l.lease_until,
+            """SELECT i.state, i.version, i.outcome, i.notice_at, i.received_at, i.deadline_at, i.detected_by,
+                      t.state AS task, t.created_at AS task_at, t.first_leased_at, t.finished_at, t.attempts,
+                      l.state AS intent, l.reason, l.next_action_at, l.lease_until,
                       a.attempt_no, a.state AS attempt, a.instance_id AS replacement, a.failure,
                       b.state AS batch, b.calls, b.error_code, b.next_action_at AS batch_due, now() AS now
                FROM interruptions i
@@ -310,7 +398,14 @@ class Trials:
             instance=instance,
         )
         silent = " (nobody was told of its end)" if instance in self.silent else ""
-        return f"{instance}{silent}: {[dict(row._mapping) for row in rows]}"
+        told = [{name: str(value) for name, value in row._mapping.items() if value is not None} for row in rows]
+        message, _ = self.messages.get(instance, ("", 0.0))
+        received = [
+            f"{entry['at'][11:26]} {entry['outcome']}"
+            for entry in await asyncio.to_thread(self.stage.aws.history, action="ReceiveMessage")
+            if message in entry["result"].get("message_ids", [])
+        ]
+        return f"{instance}{silent}: {self.told.get(instance, 'the late agent')}; handed out {received}: {told}"
 
     async def _duplicates(self) -> int:
         """Instances beyond one that lived at the same time for the same intent, and those no attempt knows."""
@@ -332,18 +427,35 @@ class Trials:
         return found
 
     async def _wrong_terminations(self) -> int:
-        """Instances we ended that were not ours, or that an attempt still counts on."""
-        ours = {instance.instance_id for instance in self.stage.ours()}
+        """Instances we ended that were not ours, or that an attempt counted on when the call came.
+
+        What was wanted then is read from the history of the attempts, not from what became of them afterwards.
+        """
+        ours = {instance.instance_id: instance for instance in self.stage.ours()}
         rows = await self.stage.tenant.rows(
-            "SELECT instance_id FROM launch_attempts WHERE state IN ('launched', 'adopted', 'ready')"
+            "SELECT extract(epoch FROM at) AS at, attempt_id, batch_id, instance_id, state FROM attempt_states "
+            "ORDER BY at, seq"
         )
-        wanted = {row.instance_id for row in rows}
         # Reading it back takes a while; other lanes go on meanwhile.
         calls = await asyncio.to_thread(self.stage.aws.history, action="TerminateInstances")
-        ended = {instance_id for entry in calls for instance_id in entry["params"].get("InstanceId", [])}
-        return len(ended - ours) + len(ended & wanted)
+        wrong = 0
+        for entry in calls:
+            began = datetime.fromisoformat(entry["at"]).timestamp() - entry["duration_ms"] / 1000
+            then = {row.attempt_id: row for row in rows if row.at <= began}
+            named = {row.instance_id: row.state for row in then.values()}
+            unanswered = {str(row.batch_id) for row in then.values() if row.state in ("planned", "calling", "unknown")}
+            for instance_id in entry["params"].get("InstanceId", []):
+                instance = ours.get(instance_id)
+                if (
+                    instance is None
+                    or named.get(instance_id) in ("launched", "adopted", "ready")
+                    or (instance_id not in named and instance.tags.get("cloudoptim:batch") in unanswered)
+                ):
+                    wrong += 1
+                    self.summary.broken.append(f"{instance_id} was ended while {named.get(instance_id, 'unknown')}")
+        return wrong
 
-    async def _seen_of_others(self) -> int:
+    async def _leaks(self) -> tuple[int, int]:
         """Rows another customer can see of this one, and what a pooled connection carries into the next transaction."""
         other = await create_tenant(self.stage.db)
         async with self.stage.db.tenant(other.customer_id) as conn:
@@ -354,4 +466,24 @@ class Trials:
         async with single.engine.begin() as conn:
             left = (await conn.execute(text("SELECT current_setting('app.customer_id', true)"))).scalar_one()
         await single.close()
-        return seen + bool(left)
+        return seen, int(bool(left))
+
+
+async def record_states(stage: Stage) -> None:
+    """Keep every state an attempt had from now on, with its moment, in ``attempt_states``."""
+    async with stage.db.engine.begin() as conn:
+        for statement in (
+            """CREATE TABLE attempt_states (
+                   seq bigserial, at timestamptz DEFAULT clock_timestamp(), attempt_id uuid, batch_id uuid,
+                   instance_id text, state text)""",
+            "GRANT SELECT ON attempt_states TO PUBLIC",
+            """CREATE FUNCTION attempt_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+               BEGIN
+                   INSERT INTO attempt_states (attempt_id, batch_id, instance_id, state)
+                   VALUES (NEW.id, NEW.batch_id, NEW.instance_id, NEW.state);
+                   RETURN NULL;
+               END $$""",
+            """CREATE TRIGGER attempt_changed AFTER INSERT OR UPDATE ON launch_attempts
+               FOR EACH ROW EXECUTE FUNCTION attempt_changed()""",
+        ):
+            await conn.execute(text(statement))
