@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,8 +40,23 @@ class Tenant:
         return facts
 
     async def node(self, instance_id: str | None = None, **values: Any) -> str:
-        instance_id = instance_id or f"i-{next(_numbers):017x}"
-        row = {
+        (instance_id,) = await self.nodes([instance_id or f"i-{next(_numbers):017x}"], **values)
+        return instance_id
+
+    async def nodes(self, instance_ids: Sequence[str] | int, **values: Any) -> list[str]:
+        """Nodes of these instances, or so many, in one statement."""
+        if isinstance(instance_ids, int):
+            instance_ids = [f"i-{next(_numbers):017x}" for _ in range(instance_ids)]
+        rows = [self._node(instance_id, values) for instance_id in instance_ids]
+        async with self.db.tenant(self.customer_id) as conn:
+            await repository.insert_rows(conn, "nodes", rows, order="id")
+            # The agent that reported them was heard.
+            await conn.execute(text("UPDATE clusters SET last_seen_at = now() WHERE id = :id"), {"id": self.cluster_id})
+        self.instances += instance_ids
+        return list(instance_ids)
+
+    def _node(self, instance_id: str, values: dict[str, Any]) -> dict[str, Any]:
+        return {
             "id": new_id(),
             "customer_id": self.customer_id,
             "cluster_id": self.cluster_id,
@@ -55,12 +70,6 @@ class Tenant:
             "memory_bytes": 8 << 30,
             "last_seen_at": datetime.now(UTC),
         } | values
-        async with self.db.tenant(self.customer_id) as conn:
-            await repository.insert_rows(conn, "nodes", [row], order="id")
-            # The agent that reported it was heard.
-            await conn.execute(text("UPDATE clusters SET last_seen_at = now() WHERE id = :id"), {"id": self.cluster_id})
-        self.instances.append(instance_id)
-        return instance_id
 
     async def config(self, key: str, value: Any) -> None:
         async with self.db.tenant(self.customer_id) as conn:

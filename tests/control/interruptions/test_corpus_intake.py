@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,28 +40,45 @@ async def owner(database_url: str):
     await db.close()
 
 
+_EVENT_ID = re.compile(rb'(\\?"id\\?": ?\\?")[0-9a-f-]{36}')
+# What AWS Health's events of the corpus are recognised by, instead of their id.
+HEALTH_EVENT = b"7f4bd6c8-1"
+
+
+def alternatives(instances: Sequence[str]) -> list[tuple[Case, bytes, str]]:
+    """The cases, which are alternatives about one instance, as events of their own about an instance each; with what
+    is expected to become of them."""
+    found = []
+    for case, instance in zip(cases(), instances, strict=False):
+        event_id = str(new_id()).encode()
+        body = _EVENT_ID.sub(rb"\g<1>" + event_id, case.body.replace(INSTANCE.encode(), instance.encode()))
+        body = body.replace(HEALTH_EVENT, event_id[-8:] + b"-1")
+        found.append((case, body, case.expect.get("end_to_end") or STORED[case.expect["outcome"]]))
+    return found
+
+
 async def test_every_case_ends_as_expected_and_disturbs_no_good_neighbour(owner: Tenant) -> None:
     wrong: list[str] = []
     facts = await owner.facts()
-    for case in cases():
-        # Cases are alternatives about one instance; each starts from the same state.
-        for table in ("interruptions", "agent_tasks", "launch_intents", "spot_events", "inbox_messages"):
-            await owner.rows(f"DELETE FROM {table} WHERE customer_id = :customer_id RETURNING 1")
-        await owner.rows("UPDATE nodes SET terminated_at = NULL, status = 'ready', last_seen_at = now() RETURNING 1")
-        good = await owner.node()
+    count = len(cases())
+    good = await owner.nodes(count)
+    for neighbour, (case, body, expected) in zip(good, alternatives(await owner.nodes(count)), strict=True):
         batch = [
-            Received(case.body, EventSource.PUSH),
-            Received(json.dumps(owner.warning(good)), EventSource.SQS),
+            Received(body, EventSource.PUSH),
+            Received(json.dumps(owner.warning(neighbour)), EventSource.SQS),
         ]
         done = await ingest(owner.db, facts, batch)
-        outcome = await owner.row("SELECT outcome FROM inbox_messages WHERE source = 'push'")
-        expected = case.expect.get("end_to_end") or STORED[case.expect["outcome"]]
-        drained = await owner.rows(
-            "SELECT 1 FROM agent_tasks WHERE parameters ->> 'instance_id' = :good AND state = 'queued'", good=good
-        )
-        if outcome.outcome != expected or not drained or done.new != 2:
-            wrong.append(f"{case.name}: {outcome.outcome}, expected {expected}; neighbour drained: {bool(drained)}")
+        became = [name for name in STORED.values() if getattr(done, name)] + ["waiting"] * bool(done.waiting)
+        # The neighbour's is one that is handled.
+        if sorted({*became, "handled"}) != sorted({expected, "handled"}) or done.new != 2:
+            wrong.append(f"{case.name}: {became}, expected {expected}")
     assert not wrong
+    drained = await owner.rows(
+        "SELECT parameters ->> 'instance_id' AS node FROM agent_tasks WHERE state = 'queued' "
+        "AND parameters ->> 'instance_id' = ANY(:good)",
+        good=good,
+    )
+    assert sorted(row.node for row in drained) == sorted(good)
 
 
 async def test_documents_of_aws_with_their_placeholders(owner: Tenant, shared_data: Path) -> None:
@@ -106,24 +124,19 @@ async def test_the_lambda_envelope_of_a_queue_is_quarantined_not_taken_apart(own
 
 # --- through a queue and a worker
 
-_EVENT_ID = re.compile(r'(\\?"id\\?": ?\\?")[0-9a-f-]{36}')
 _UNSENDABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _LARGEST_BYTES = 1 << 20
-# What AWS Health's events of the corpus are recognised by, instead of their id.
-HEALTH_EVENT = "7f4bd6c8-1"
 
-
-def sendable(case: Case) -> str | None:
+def sendable(raw: bytes) -> str | None:
     """The body as text, if SQS would take it: not empty, characters XML knows, at most 1 MiB."""
     try:
-        body = case.body.decode()
+        body = raw.decode()
     except UnicodeDecodeError:
         return None
-    return None if not body or _UNSENDABLE.search(body) or len(case.body) > _LARGEST_BYTES else body
+    return None if not body or _UNSENDABLE.search(body) or len(raw) > _LARGEST_BYTES else body
 
 
-async def send_good(stage: Stage, sent: dict[str, float]) -> None:
-    node = await stage.tenant.node()
+async def send_good(stage: Stage, sent: dict[str, float], node: str) -> None:
     sent[node] = time.time()
     stage.aws.send_event(stage.queue, stage.tenant.warning(node))
 
@@ -146,20 +159,14 @@ async def mixed_one_to_one(stage: Stage, pause_seconds: float) -> tuple[list[str
     """Every case SQS would take and a good warning after each; what did not end as expected, and the good ones."""
     expected: dict[str, tuple[Case, str]] = {}
     sent: dict[str, float] = {}
-    for case in cases():
-        body = sendable(case)
+    count = len(cases())
+    good_nodes = await stage.tenant.nodes(count)
+    for node, (case, raw, outcome) in zip(good_nodes, alternatives(await stage.tenant.nodes(count)), strict=True):
+        body = sendable(raw)
         if body is None:
             continue
-        instance = f"i-{new_id().hex[-17:]}"
-        if INSTANCE in body:
-            await stage.tenant.node(instance)
-        event_id = str(new_id())
-        # Cases are alternatives about one instance: here each gets its own, and its own event.
-        body = _EVENT_ID.sub(rf"\g<1>{event_id}", body.replace(INSTANCE, instance))
-        body = body.replace(HEALTH_EVENT, f"{event_id[-8:]}-1")
-        outcome = case.expect.get("end_to_end") or STORED[case.expect["outcome"]]
         expected[stage.aws.send_event(stage.queue, body)] = (case, outcome)
-        await send_good(stage, sent)
+        await send_good(stage, sent, node)
         await asyncio.sleep(pause_seconds)
     good = await latencies(stage, sent)
 
@@ -200,8 +207,8 @@ async def test_good_messages_keep_their_speed_among_bad_ones(
         stage.start_worker()
         warm_up: dict[str, float] = {}
         alone: dict[str, float] = {}
-        for number in range(300):
-            await send_good(stage, warm_up if number < 100 else alone)
+        for number, node in enumerate(await stage.tenant.nodes(300)):
+            await send_good(stage, warm_up if number < 100 else alone, node)
             await asyncio.sleep(0.05)
         before = await latencies(stage, alone)
         wrong, mixed = await mixed_one_to_one(stage, 0.05)
