@@ -14,9 +14,12 @@ from control.interruptions.schemas import (
     InterruptionDetail,
     InterruptionList,
     Pushed,
+    QuarantinedMessage,
     QuarantineList,
     RebalanceScores,
     Replayed,
+    ReplayedMany,
+    ReplayMany,
     Returns,
 )
 from control.security.access import CUSTOMER_ADMINS, READERS, require
@@ -95,10 +98,24 @@ async def list_quarantine(
     return QuarantineList(messages=found, next=views.place(found[-1]) if len(found) == limit else None)
 
 
+@router.get("/quarantine/{message_id}")
+async def get_quarantined(message_id: str, principal: Reader, context: Context) -> QuarantinedMessage:
+    """One message in quarantine with its whole body."""
+    return await views.get_quarantined(context.db, principal, message_id)
+
+
+@router.post("/quarantine/replay")
+async def replay_many(body: ReplayMany, principal: Admin, context: Context) -> ReplayedMany:
+    """Read again what is in quarantine for one reason, those first that were not replayed yet, then the oldest; each
+    message for itself. A platform key says whose."""
+    return await views.replay_many(context.intake_db, context.bells, context.aws, principal, body)
+
+
 @router.post("/quarantine/{message_id}/replay")
 async def replay(message_id: str, principal: Admin, context: Context) -> Replayed:
-    """Read a message in quarantine again, with what is known by now."""
-    return await views.replay(context.intake_db, context.bells, principal, message_id)
+    """Read a message in quarantine again, with what is known by now and under the checks of its first reading. A
+    second call for a message that was replayed with success changes nothing and answers the same."""
+    return await views.replay(context.intake_db, context.bells, context.aws, principal, message_id)
 
 
 @router.post("/events/aws", status_code=202)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -45,6 +46,13 @@ STORM_WAIT_SECONDS = 0
 # What is received must be committed well within the visibility timeout of 20 s.
 MAX_BUFFERED = 400
 COMMIT_LIMIT = 200
+# Memory of bodies received and not yet taken in. A queue is read while it holds less than its bound and all of the
+# process' queues less than theirs; one that holds nothing is always read, so that nobody's flood keeps a warning out.
+# What a receive under way brings comes on top: at most ten messages, from one receiver a queue once they are large.
+MAX_HELD_BYTES = 4 << 20
+MAX_HELD_BYTES_OF_ALL = 64 << 20
+COMMIT_BYTES = 2 << 20
+LARGE_RECEIVE_BYTES = MAX_HELD_BYTES // MAX_RECEIVERS
 # Connections the worker reserves for the intake (control.worker).
 COMMITS_AT_ONCE = 5
 # A broken queue is asked again after 1 s, then later and later, at most every minute (Q-20).
@@ -107,6 +115,28 @@ class Health:
         return self.deleting
 
 
+def size_of(messages: Sequence[SqsMessage]) -> int:
+    """Bytes that the bodies of messages take in memory."""
+    return sum(sys.getsizeof(message.body) for message in messages)
+
+
+class Held:
+    """Bytes of bodies that all queues of a process hold, and the queues that wait for there to be fewer."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.waiting: set[asyncio.Event] = set()
+
+    def add(self, size: int) -> None:
+        """Bodies were received (or, negative, taken in)."""
+        self.bytes += size
+        if self.bytes < MAX_HELD_BYTES_OF_ALL:
+            # Each looks again whether there is room for it.
+            for room in self.waiting:
+                room.set()
+            self.waiting.clear()
+
+
 class Intake:
     """All queues of one worker process."""
 
@@ -117,6 +147,7 @@ class Intake:
         # First come, first served between customers, each with one batch at most: waiting for the pool itself would
         # end in time-outs that send a customer back to the end of the line.
         self.turns = asyncio.Semaphore(COMMITS_AT_ONCE)
+        self.held = Held()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Read until ``stop`` is set; customers come and go meanwhile."""
@@ -162,7 +193,7 @@ class Intake:
     def _start_readers(self, wanted: dict[UUID, Source]) -> None:
         for customer_id, source in wanted.items():
             if customer_id not in self.readers:
-                self.readers[customer_id] = QueueReader(self.runtime, self.facts, source, self.turns)
+                self.readers[customer_id] = QueueReader(self.runtime, self.facts, source, self.turns, self.held)
 
     async def _tell(self) -> None:
         """Write down which queues work and which do not, whatever their readers are waiting for."""
@@ -196,8 +227,11 @@ class Intake:
 class QueueReader:
     """One customer's queue: its receivers, its buffer and its commits."""
 
-    def __init__(self, runtime: Runtime, facts: Facts, source: Source, turns: asyncio.Semaphore) -> None:
+    def __init__(
+        self, runtime: Runtime, facts: Facts, source: Source, turns: asyncio.Semaphore, held_of_all: Held
+    ) -> None:
         self.runtime, self.facts, self.source, self.turns = runtime, facts, source, turns
+        self.held_bytes, self._held_of_all = 0, held_of_all
         self.health = Health(heard_at=time.monotonic())
         self.written = 0.0
         self.receivers = 0
@@ -237,6 +271,8 @@ class QueueReader:
         self._filled.set()
         await _end(self._finishing, CLOSE_SECONDS)
         await self._give_back([*self._taking, *self._buffer])
+        self._hold(-self.held_bytes)
+        self._held_of_all.waiting.discard(self._room)
 
     async def _give_back(self, messages: list[SqsMessage]) -> None:
         if not messages or self._queue is None:
@@ -261,7 +297,7 @@ class QueueReader:
         delay = BACKOFF_SECONDS[0]
         while not self._closing:
             try:
-                await self._room.wait()
+                await self._room_to_receive()
                 full = await self._receive(long=True)
                 delay = BACKOFF_SECONDS[0]
                 self.health.receiving, self.health.answered = None, True
@@ -278,13 +314,31 @@ class QueueReader:
         """A receiver for a storm; ends when the queue is not full any more, or when anything fails."""
         try:
             while not self._closing and await self._receive(long=False):
-                await self._room.wait()
+                await self._room_to_receive()
         except Exception as error:
             log.info("intake.helper_ended", customer_id=str(self.source.customer_id), error=str(error)[:200])
         finally:
             self.receivers -= 1
 
+    def _has_room(self) -> bool:
+        return (
+            len(self._buffer) < MAX_BUFFERED
+            and self.held_bytes < MAX_HELD_BYTES
+            and (not self.held_bytes or self._held_of_all.bytes < MAX_HELD_BYTES_OF_ALL)
+        )
+
+    async def _room_to_receive(self) -> None:
+        while not self._has_room():
+            self._room.clear()
+            self._held_of_all.waiting.add(self._room)
+            await self._room.wait()
+
+    def _hold(self, size: int) -> None:
+        self.held_bytes += size
+        self._held_of_all.add(size)
+
     async def _receive(self, *, long: bool) -> bool:
+        """Whether the queue has more, and more receivers may ask for it."""
         if self._queue is None:
             self._queue = self.runtime.aws.queue(self.source.queue_url)
         credentials = await self.runtime.aws.assume(self.source.role)
@@ -300,12 +354,12 @@ class QueueReader:
                 self.runtime.aws.forget(self.source.role)
             raise
         self.health.heard_at = time.monotonic()
+        size = size_of(messages)
         if messages:
+            self._hold(size)
             self._buffer.extend(messages)
             self._filled.set()
-            if len(self._buffer) >= MAX_BUFFERED:
-                self._room.clear()
-        return len(messages) == RECEIVE_BATCH
+        return len(messages) == RECEIVE_BATCH and size < LARGE_RECEIVE_BYTES
 
     # --- committing
 
@@ -314,7 +368,7 @@ class QueueReader:
             await self._filled.wait()
             if self._closing and not self._buffer:
                 return
-            batch = [self._buffer.popleft() for _ in range(min(len(self._buffer), COMMIT_LIMIT))]
+            batch = self._next_batch()
             self._taking = batch
             if not self._buffer and not self._closing:
                 self._filled.clear()
@@ -323,8 +377,18 @@ class QueueReader:
             except UnknownCustomer:
                 return
             self._taking = []
-            if len(self._buffer) < MAX_BUFFERED:
-                self._room.set()
+            self._hold(-size_of(batch))
+            self._room.set()
+
+    def _next_batch(self) -> list[SqsMessage]:
+        batch = [self._buffer.popleft()]
+        size = size_of(batch)
+        while self._buffer and len(batch) < COMMIT_LIMIT:
+            size += size_of([self._buffer[0]])
+            if size > COMMIT_BYTES:
+                break
+            batch.append(self._buffer.popleft())
+        return batch
 
     async def _take_in_somehow(self, batch: list[SqsMessage]) -> None:
         """Together; one by one when the content of one of them is, or may be, what fails.

@@ -22,12 +22,10 @@ from typing import Any
 from control.security.redaction import redact_text
 from warehouse.contracts import EventKind, InterruptionAction, SpotEvent
 
-# The largest body SQS carries; longer ones can only come over the push endpoint.
+# The largest body SQS carries; the push endpoint takes no longer one either. All of it is kept where it is kept.
 MAX_BODY_BYTES = 1 << 20
 # EventBridge documents are five deep; a body that goes further is an attack on parsers, not an event.
 MAX_DEPTH = 32
-# Kept of a body in quarantine.
-MAX_KEPT_BODY_BYTES = 64 * 1024
 # A sender's clock may be this far ahead before its time is replaced by ours (Q-13).
 MAX_FUTURE = timedelta(minutes=5)
 # Older notices are recorded and judged by the cluster's state of now (C-24).
@@ -199,10 +197,13 @@ def from_agent(event: SpotEvent, *, region: str, account_id: str | None, receive
     )
 
 
-def kept_body(body: str | bytes) -> str:
-    """A body as it may be stored in quarantine: text Postgres takes, at most 64 KiB, secrets hidden by their shape."""
-    raw = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
-    return redact_text(raw[:MAX_KEPT_BODY_BYTES].decode("utf-8", "backslashreplace").replace("\x00", "\\x00"))
+def kept_body(body: str | bytes) -> str | None:
+    """A body as it may be stored in quarantine: text Postgres takes, whole, so that it can be read again, with secrets
+    hidden by their shape. None for one that no sender could have sent: nothing over 1 MiB is kept."""
+    raw = _raw(body)
+    if len(raw) > MAX_BODY_BYTES:
+        return None
+    return redact_text(raw.decode("utf-8", "backslashreplace").replace("\x00", "\\x00"))
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------
@@ -210,7 +211,9 @@ def kept_body(body: str | bytes) -> str:
 
 def _decode(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_BODY_BYTES:
-        raise _Refused("too_large", f"the body has {len(raw)} bytes; a message carries at most {MAX_BODY_BYTES}")
+        raise _Refused(
+            "too_large", f"the body has {len(raw)} bytes; a message carries at most {MAX_BODY_BYTES}, so it is not kept"
+        )
     if not raw.strip():
         raise _Refused("empty", "the body is empty")
     if b"\x00" in raw or raw.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):

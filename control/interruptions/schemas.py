@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -119,7 +119,8 @@ class InterruptionDetail(InterruptionAnswer):
 
 
 class QuarantinedMessage(Answer):
-    """A message that was not acted on. ``id`` is what replay takes."""
+    """A message that was not acted on. ``id`` is what replay takes. ``body`` is what came, secrets hidden, of
+    ``body_bytes`` bytes; a list shows its first 4,096 characters."""
 
     id: str
     customer_id: UUID
@@ -127,6 +128,7 @@ class QuarantinedMessage(Answer):
     event_type: str | None
     reason: str | None
     body: str | None
+    body_bytes: int | None
     receive_count: int
     sent_at: datetime | None
     received_at: datetime
@@ -146,6 +148,24 @@ class Replayed(BaseModel):
     outcome: str
     reason: str | None
     interruptions: list[UUID] = Field(default_factory=list)
+
+
+class ReplayMany(BaseModel):
+    """Which messages to read again. ``reason`` is the word before the colon of the reasons listed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Annotated[str, Field(min_length=1, max_length=100, pattern="^[a-z0-9_]+$")]
+    customer_id: UUID | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class ReplayedMany(BaseModel):
+    """How many messages became what, and how many of the same reason were not read again yet: call again for them."""
+
+    outcomes: dict[str, int]
+    interruptions: list[UUID]
+    left: int
 
 
 class Pushed(BaseModel):

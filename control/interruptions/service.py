@@ -29,7 +29,6 @@ from control.interruptions.parsing import (
     ParsedEvent,
     Quarantine,
     QueueOwner,
-    from_agent,
     kept_body,
     parse,
 )
@@ -44,7 +43,7 @@ from control.interruptions.policies import (
     policies_from_config,
 )
 from control.interruptions.repository import CustomerFacts, InterruptionRow
-from warehouse.contracts import AgentEvents, EventKind, EventSource, InterruptionAction, TaskType
+from warehouse.contracts import EventKind, EventSource, InterruptionAction, TaskType
 from warehouse.postgres.models import new_id
 from warehouse.postgres.session import Database, narrow, widen
 
@@ -69,7 +68,7 @@ PARSED_AT_ONCE = 256 * 1024
 # Two batches may still meet on one row; Postgres picks the victim, which starts again. A history row whose
 # interruption somebody else inserted first shows as a foreign key violation.
 RETRIES = 5
-_RETRIED_STATES = {"40001", "40P01", "23503"}
+RETRIED_STATES = {"40001", "40P01", "23503"}
 
 _STRENGTH = {
     EventKind.SPOT_INTERRUPTION: 3,
@@ -186,19 +185,6 @@ def queue_owner(facts: CustomerFacts, queue_region: str = "") -> QueueOwner:
     return QueueOwner(facts.account_id, regions, queue_region)
 
 
-def read_again(message: Received, facts: CustomerFacts, now: datetime) -> Outcome:
-    """What a kept message means: an agent's notice is its own contract, all others are what AWS sends."""
-    if message.source is EventSource.AGENT:
-        try:
-            (event,) = AgentEvents.model_validate_json(message.body).events
-        except ValueError:
-            pass
-        else:
-            # The node's own region counts; a message without a node has none.
-            return from_agent(event, region="", account_id=facts.account_id, received_at=now)
-    return parse(message.body, owner=queue_owner(facts), received_at=now, sent_at=message.sent_at)
-
-
 async def ingest_outcomes(
     db: Database, facts: CustomerFacts, outcomes: Sequence[tuple[Received, Outcome]], *, now: datetime
 ) -> Ingested:
@@ -216,10 +202,10 @@ async def ingest_outcomes(
                 batch = Batch(facts, now)
                 done = await batch.commit(conn, outcomes)
             break
-        except _Raced:
+        except Raced:
             continue
         except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) not in _RETRIED_STATES or attempt == RETRIES - 1:
+            if getattr(error.orig, "sqlstate", None) not in RETRIED_STATES or attempt == RETRIES - 1:
                 raise
             await asyncio.sleep(0.01 * (attempt + 1))
     else:
@@ -229,7 +215,7 @@ async def ingest_outcomes(
     return done
 
 
-class _Raced(Exception):
+class Raced(Exception):
     """Somebody else inserted the same interruption in the meantime: read again and merge."""
 
 
@@ -509,7 +495,7 @@ class Batch:
         """Write everything that was decided.
 
         Raises:
-            _Raced: another consumer was first with one of the rows.
+            Raced: another consumer was first with one of the rows.
         """
         customer_id = self.facts.customer_id
         states = {draft.id: draft.row["state"] for draft in self.drafts}
@@ -527,7 +513,7 @@ class Batch:
             outbox=self.outbox,
         )
         if not alone:
-            raise _Raced
+            raise Raced
         drains = [draft for draft in self.drafts if draft.drain]
         await repository.retire_drains(conn, [draft.id for draft in drains if not draft.new])
         await create_tasks(conn, [self._drain_task(draft) for draft in drains])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -14,8 +13,8 @@ from sqlalchemy import Row
 
 from control.bus.bells import Bells
 from control.errors import Invalid, NotFound
-from control.interruptions import repository, return_repository, returning, service, taking, views_repository
-from control.interruptions.parsing import ParsedEvent
+from control.gateways.aws import AwsGateway
+from control.interruptions import replaying, return_repository, returning, service, taking, views_repository
 from control.interruptions.schemas import (
     AttemptAnswer,
     HistoryEntry,
@@ -25,6 +24,8 @@ from control.interruptions.schemas import (
     RebalanceScore,
     Replacement,
     Replayed,
+    ReplayedMany,
+    ReplayMany,
     ReturnCheck,
     ReturnPlan,
     Returns,
@@ -32,9 +33,7 @@ from control.interruptions.schemas import (
     StandInAnswer,
     Step,
 )
-from control.interruptions.service import Batch, Received
 from control.security.principal import Principal
-from warehouse.contracts import EventSource
 from warehouse.postgres.session import Database
 
 
@@ -225,44 +224,54 @@ async def list_quarantine(
         rows = await views_repository.list_quarantine(
             conn, customer_id=customer_id, before=moment, after=after, limit=limit
         )
-    return [
-        QuarantinedMessage(
-            id=message_id(row.customer_id, row.source, row.dedupe_key),
-            **{name: value for name, value in row._mapping.items() if name != "dedupe_key"},
-        )
-        for row in rows
-    ]
+    return [_quarantined(row) for row in rows]
 
 
-async def replay(db: Database, bells: Bells | None, principal: Principal, quarantined_id: str) -> Replayed:
-    """Read a message in quarantine again, with what is known by now; what it means is done in the same transaction.
+async def get_quarantined(db: Database, principal: Principal, quarantined_id: str) -> QuarantinedMessage:
+    """One message in quarantine with its whole body.
 
     Raises:
         NotFound: it is not in quarantine, or another customer's.
     """
-    customer_id, source, dedupe_key = read_message_id(quarantined_id)
-    principal.customer(customer_id, what="message")
-    async with db.tenant(customer_id) as conn:
-        now = db.now()
-        facts = await repository.customer_facts(conn, customer_id)
-        row = await views_repository.lock_quarantined(conn, customer_id, source, dedupe_key)
-        if facts is None or row is None:
-            raise NotFound("message")
-        message = Received(
-            row.body or "", EventSource(source), row.sqs_message_id, row.sent_at or row.received_at, row.receive_count
-        )
-        # A notice keeps its age, so that what is old by now is judged by the cluster's state of now.
-        outcome = service.read_again(message, facts, now)
-        # The event keeps the key its message is stored under.
-        outcome = replace(outcome, dedupe_key=dedupe_key)
-        batch = Batch(facts, now)
-        state, reason, done = await batch.replay(conn, message, outcome)
-        event_type = outcome.kind.value if isinstance(outcome, ParsedEvent) else outcome.event_type
-        await views_repository.mark_replayed(
-            conn, customer_id, source, dedupe_key, outcome=state, reason=reason, event_type=event_type
-        )
-    await done.ring(bells)
-    return Replayed(outcome=state, reason=reason, interruptions=done.interruptions)
+    key = read_message_id(quarantined_id)
+    principal.customer(key[0], what="message")
+    async with db.tenant(key[0]) as conn:
+        row = await views_repository.quarantined(conn, *key)
+    if row is None:
+        raise NotFound("message")
+    return _quarantined(row)
+
+
+def _quarantined(row: Row) -> QuarantinedMessage:
+    return QuarantinedMessage(
+        id=message_id(row.customer_id, row.source, row.dedupe_key),
+        **{name: value for name, value in row._mapping.items() if name != "dedupe_key"},
+    )
+
+
+async def replay(
+    db: Database, bells: Bells | None, aws: AwsGateway, principal: Principal, quarantined_id: str
+) -> Replayed:
+    """Read a message in quarantine again, with what is known by now; what it means is done in the same transaction.
+
+    Raises:
+        NotFound: it was never in quarantine, or is another customer's.
+    """
+    key = read_message_id(quarantined_id)
+    principal.customer(key[0], what="message")
+    return await replaying.replay(db, bells, aws, principal.actor, key)
+
+
+async def replay_many(
+    db: Database, bells: Bells | None, aws: AwsGateway, principal: Principal, body: ReplayMany
+) -> ReplayedMany:
+    """The same for what is in quarantine for one reason.
+
+    Raises:
+        NotFound: another customer's id, or none where the caller belongs to none.
+    """
+    customer_id = principal.customer(body.customer_id)
+    return await replaying.replay_many(db, bells, aws, principal.actor, customer_id, body.reason, body.limit)
 
 
 async def push(db: Database, bells: Bells | None, principal: Principal, body: bytes) -> str:

@@ -90,8 +90,11 @@ async def events(conn: AsyncConnection, interruption_id: UUID) -> Sequence[Row]:
     return (await conn.execute(_EVENTS, {"id": interruption_id})).all()
 
 
-_QUARANTINE = text("""
-    SELECT customer_id, source, dedupe_key, event_type, reason, body, receive_count, sent_at, received_at, replayed_at
+# Bodies may have 1 MiB each: a list shows how they begin.
+BODY_SHOWN_CHARACTERS = 4096
+_QUARANTINE = text(f"""
+    SELECT customer_id, source, dedupe_key, event_type, reason, left(body, {BODY_SHOWN_CHARACTERS}) AS body,
+           octet_length(body) AS body_bytes, receive_count, sent_at, received_at, replayed_at
     FROM inbox_messages
     WHERE outcome = 'quarantined'
       AND (CAST(:customer_id AS uuid) IS NULL OR customer_id = :customer_id)
@@ -128,18 +131,66 @@ async def list_quarantine(
     return (await conn.execute(_QUARANTINE, values)).all()
 
 
-_LOCK_QUARANTINED = text("""
-    SELECT customer_id, source, dedupe_key, body, sent_at, received_at, receive_count, sqs_message_id
+_WHOLE = text("""
+    SELECT customer_id, source, dedupe_key, event_type, reason, body, octet_length(body) AS body_bytes, receive_count,
+           sent_at, received_at, replayed_at
     FROM inbox_messages
     WHERE customer_id = :customer_id AND source = :source AND dedupe_key = :dedupe_key AND outcome = 'quarantined'
-    FOR UPDATE
 """)
 
 
-async def lock_quarantined(conn: AsyncConnection, customer_id: UUID, source: str, dedupe_key: str) -> Row | None:
-    """One message in quarantine, locked."""
+async def quarantined(conn: AsyncConnection, customer_id: UUID, source: str, dedupe_key: str) -> Row | None:
+    """One message in quarantine with its whole body."""
     values = {"customer_id": customer_id, "source": source, "dedupe_key": dedupe_key}
-    return (await conn.execute(_LOCK_QUARANTINED, values)).one_or_none()
+    return (await conn.execute(_WHOLE, values)).one_or_none()
+
+
+_LOCK_MESSAGE = text("""
+    SELECT body, sent_at, received_at, receive_count, sqs_message_id, event_type, outcome, reason, replayed_at
+    FROM inbox_messages
+    WHERE customer_id = :customer_id AND source = :source AND dedupe_key = :dedupe_key FOR UPDATE
+""")
+
+
+async def lock_message(conn: AsyncConnection, customer_id: UUID, source: str, dedupe_key: str) -> Row | None:
+    """One message whatever became of it, locked."""
+    values = {"customer_id": customer_id, "source": source, "dedupe_key": dedupe_key}
+    return (await conn.execute(_LOCK_MESSAGE, values)).one_or_none()
+
+
+_QUARANTINED_FOR = text("""
+    SELECT source, dedupe_key, count(*) OVER () AS total FROM inbox_messages
+    WHERE customer_id = :customer_id AND outcome = 'quarantined' AND split_part(reason, ':', 1) = :reason
+    ORDER BY replayed_at NULLS FIRST, received_at, source, dedupe_key LIMIT :limit
+""")
+
+
+async def quarantined_for(
+    conn: AsyncConnection, customer_id: UUID, reason: str, limit: int
+) -> tuple[list[tuple[str, str]], int]:
+    """Keys of a customer's messages in quarantine for one reason, and how many there are in all."""
+    rows = (await conn.execute(_QUARANTINED_FOR, {"customer_id": customer_id, "reason": reason, "limit": limit})).all()
+    return [(row.source, row.dedupe_key) for row in rows], rows[0].total if rows else 0
+
+
+_INTERRUPTIONS_OF = text("""
+    SELECT DISTINCT interruption_id FROM spot_events
+    WHERE customer_id = :customer_id AND source = :source AND interruption_id IS NOT NULL
+      AND (dedupe_key = :dedupe_key OR starts_with(dedupe_key, :dedupe_key || '#'))
+    ORDER BY interruption_id
+""")
+
+
+async def interruptions_of(conn: AsyncConnection, customer_id: UUID, source: str, dedupe_key: str) -> list[UUID]:
+    """The interruptions a message was about."""
+    values = {"customer_id": customer_id, "source": source, "dedupe_key": dedupe_key}
+    return [row.interruption_id for row in await conn.execute(_INTERRUPTIONS_OF, values)]
+
+
+async def queue_url(conn: AsyncConnection, customer_id: UUID) -> str | None:
+    """The customer's queue."""
+    statement = text("SELECT sqs_queue_url FROM customers WHERE id = :customer_id")
+    return (await conn.execute(statement, {"customer_id": customer_id})).scalar_one_or_none()
 
 
 _REPLAYED = text("""

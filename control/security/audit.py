@@ -40,6 +40,7 @@ ACTIONS = frozenset(
         "cluster.deleted",
         "cluster.kill_switch",
         "customer.kill_switch",
+        "quarantine.replayed",
         "report.exported",
     }
 )

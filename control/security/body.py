@@ -39,7 +39,8 @@ class BodyRule:
 RULES: tuple[tuple[re.Pattern[str], BodyRule], ...] = (
     (re.compile(r"/api/v1/client/metrics$"), BodyRule(1 * MIB, frozenset({"gzip", "zstd"}), free_json=False)),
     (re.compile(r"/api/v1/client/events$"), BodyRule(256 * KIB, frozenset({"gzip", "zstd"}))),
-    (re.compile(r"/api/v1/events/aws$"), BodyRule(256 * KIB)),
+    # What EventBridge delivers is never refused for its content: it would be lost.
+    (re.compile(r"/api/v1/events/aws$"), BodyRule(1 * MIB, free_json=False)),
     (re.compile(r"/api/v1/models$"), BodyRule(512 * MIB + MIB, streamed=True)),
 )
 DEFAULT_RULE = BodyRule()

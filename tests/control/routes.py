@@ -114,6 +114,8 @@ ROUTES: dict[tuple[str, str], Call] = {
     ("GET", "/interruptions/returns-to-spot"): Call(READERS, params=_customer),
     ("GET", "/interruptions/{interruption_id}"): Call(READERS, path=lambda ids: ids.interruption),
     ("GET", "/quarantine"): Call(READERS, params=_customer),
+    ("GET", "/quarantine/{message_id}"): Call(READERS, path=lambda ids: ids.message),
+    ("POST", "/quarantine/replay"): Call(ADMINS, body=lambda ids: {"reason": "not_json"} | _customer(ids)),
     ("POST", "/quarantine/{message_id}/replay"): Call(ADMINS, path=lambda ids: ids.message),
     ("POST", "/events/aws"): Call(ADMINS, False, body=lambda ids: {}),
     ("GET", "/admin/gap-filler/gaps"): Call(frozenset({PLATFORM}), False),

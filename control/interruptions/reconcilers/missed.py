@@ -7,9 +7,11 @@ cluster's nodes are launched, while they still live.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -40,6 +42,8 @@ MARKED = {
     "marked-for-stop": InterruptionAction.STOP,
     "marked-for-hibernation": InterruptionAction.HIBERNATE,
 }
+# "User initiated (2026-01-02 03:04:05 GMT)"
+_TRANSITION_AT = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
 async def run_once(launcher: Launcher) -> int:
@@ -73,9 +77,9 @@ async def poll(launcher: Launcher, place: Place) -> int:
     for instance_id, instance in instances.items():
         state = instance.get("State", {}).get("Name", "")
         if state in TERMINAL_OR_ENDING_STATES and instance_id not in marked:
-            events.append(_ending(place, instance_id, state, instance, now))
+            events.append(ending(place, instance_id, state, instance, now))
     for instance_id, seen in vanished(instances, silent):
-        events.append(_ending(place, instance_id, "terminated", {}, seen, stale=now - seen > STALE_AFTER))
+        events.append(ending(place, instance_id, "terminated", {}, seen, stale=now - seen > STALE_AFTER))
     await _learn(launcher, nodes, instances, credentials)
     outcomes: list[tuple[Received, Outcome]] = [
         (Received(events_repository.to_json(event.detail), EventSource.POLL), event) for event in events
@@ -131,19 +135,30 @@ def vanished(instances: Mapping[str, Any], silent: Mapping[str, datetime]) -> li
     return [(instance_id, seen) for instance_id, seen in silent.items() if instance_id not in instances and instances]
 
 
-def _ending(
-    place: Place, instance_id: str, state: str, instance: dict[str, Any], at: datetime, *, stale: bool = False
+def ending(
+    place: Place, instance_id: str, state: str, instance: Mapping[str, Any], at: datetime, *, stale: bool = False
 ) -> ParsedEvent:
+    """The end of an instance that EC2 shows in ``state``, seen at ``at``.
+
+    An instance is stopped as often as it is started, and EC2 shows an end for as long as it lasts: one start and one
+    state are one event, however often it is asked for. The moment is EC2's, where it tells one.
+    """
+    reason = str(instance.get("StateTransitionReason") or "")
+    if found := _TRANSITION_AT.search(reason):
+        with contextlib.suppress(ValueError):
+            at = min(at, datetime.fromisoformat(found.group(1)).replace(tzinfo=UTC))
+    started = instance.get("LaunchTime")
+    run = f":{started:%Y-%m-%dT%H:%M:%S}" if isinstance(started, datetime) else ""
     return ParsedEvent(
         kind=EventKind.INSTANCE_STATE_CHANGE,
-        dedupe_key=f"poll:{instance_id}:{state}",
+        dedupe_key=f"poll:{instance_id}:{state}{run}",
         region=place.region,
         account_id=None,
         occurred_at=at,
         instance_ids=(instance_id,),
         state=state,
         flags=frozenset({"stale"}) if stale else frozenset(),
-        detail={"state": state, "reason": instance.get("StateTransitionReason", ""), "instance-id": instance_id},
+        detail={"state": state, "reason": reason, "instance-id": instance_id},
     )
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import secrets
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import pytest
 
+from control.interruptions.service import Received, ingest
+from control.interruptions.views import message_id
 from tests.control.api import Api
 from tests.control.api import Tenant as Keys
 from tests.control.interruptions.tenants import Tenant, refusing
+from warehouse.contracts import EventSource
 
 
 @pytest.fixture
@@ -211,7 +216,130 @@ async def test_quarantine_is_listed_and_replayed_by_one_call(api: Api, keys: Key
     assert (replayed["outcome"], len(replayed["interruptions"])) == ("handled", 1)
     task = await customer.row("SELECT * FROM agent_tasks WHERE customer_id = :customer_id")
     assert task.parameters["instance_id"] == instance
-    assert (await api.call("POST", f"/quarantine/{contradicting['id']}/replay", keys.admin_key)).status_code == 404
+    # Twice is once, and says the same.
+    assert await api.ok("POST", f"/quarantine/{contradicting['id']}/replay", keys.admin_key) == replayed
+    assert len(await customer.rows("SELECT 1 FROM agent_tasks WHERE customer_id = :customer_id")) == 1
+    audited = await customer.rows(
+        "SELECT detail ->> 'was' AS was, detail ->> 'outcome' AS outcome FROM audit_log "
+        "WHERE customer_id = :customer_id AND action = 'quarantine.replayed' ORDER BY id"
+    )
+    assert [entry.outcome for entry in audited] == ["quarantined", "handled"]
+    assert audited[0].was == contradicting["reason"]
+    # What was never in quarantine is not there to be replayed.
+    handled = message_id(customer.customer_id, "push", json.loads(contradicting["body"])["id"])
+    assert (await api.call("POST", f"/quarantine/{handled}/replay", keys.admin_key)).status_code == 404
+
+
+def _an_account() -> str:
+    return f"{secrets.randbelow(10**12):012d}"
+
+
+async def _owns(customer: Tenant, account: str) -> None:
+    """It turns out to be the customer's account."""
+    await customer.rows("UPDATE customers SET aws_account_id = :a WHERE id = :customer_id RETURNING 1", a=account)
+
+
+async def test_all_of_one_reason_is_replayed_by_one_call(api: Api, keys: Keys, customer: Tenant) -> None:
+    nodes, account = [await customer.node() for _ in range(5)], _an_account()
+    for node in nodes:
+        assert await _push(api, keys, customer.warning(node, account=account)) == "quarantined"
+    assert await _push(api, keys, "not json") == "quarantined"
+    asked = {"reason": "account_contradiction", "limit": 3}
+    await _owns(customer, account)
+    async with refusing(api.db, nodes[0], "data_exception"):
+        first = await api.ok("POST", "/quarantine/replay", keys.admin_key, json=asked)
+        assert (first["outcomes"], first["left"]) == ({"quarantined": 1, "handled": 2}, 2)
+        assert await _drained_nodes(customer) == set(nodes[1:3])
+    second = await api.ok("POST", "/quarantine/replay", keys.admin_key, json=asked)
+    assert (second["outcomes"], second["left"]) == ({"handled": 2}, 0)
+    assert len(first["interruptions"] + second["interruptions"]) == 4
+    # The one that could not be taken in has a reason of its own by now.
+    last = await api.ok("POST", "/quarantine/replay", keys.admin_key, json={"reason": "unprocessable"})
+    assert (last["outcomes"], last["left"]) == ({"handled": 1}, 0)
+    assert await _drained_nodes(customer) == set(nodes)
+    (message,) = await _quarantined(api, keys)
+    assert message["reason"].startswith("not_json")
+    nothing = await api.ok("POST", "/quarantine/replay", keys.admin_key, json={"reason": "unprocessable"})
+    assert nothing == {"outcomes": {}, "interruptions": [], "left": 0}
+    assert (await api.call("POST", "/quarantine/replay", json=asked)).status_code == 404, "a platform key says whose"
+    asked |= {"customer_id": str(customer.customer_id)}
+    assert (await api.ok("POST", "/quarantine/replay", json=asked))["outcomes"] == {}
+
+
+@pytest.mark.parametrize("size", [200 << 10, 1 << 20], ids=["200KiB", "1MiB"])
+async def test_a_large_body_is_kept_whole_and_replayed(api: Api, keys: Keys, customer: Tenant, size: int) -> None:
+    node, account = await customer.node(), _an_account()
+    warning = customer.warning(node, account=account, padding="")
+    warning["padding"] = "p" * (size - len(json.dumps(warning)))
+    assert len(json.dumps(warning)) == size
+    assert await _push(api, keys, warning) == "quarantined"
+    (message,) = await _quarantined(api, keys)
+    assert (len(message["body"]), message["body_bytes"]) == (4096, size)
+    whole = await api.ok("GET", f"/quarantine/{message['id']}", keys.analyst_key)
+    assert json.loads(whole["body"]) == warning
+    stranger = await api.tenant("Curious")
+    assert (await api.call("GET", f"/quarantine/{message['id']}", stranger.admin_key)).status_code == 404
+    await _owns(customer, account)
+    replayed = await api.ok("POST", f"/quarantine/{message['id']}/replay", keys.admin_key)
+    assert (replayed["outcome"], await _drained_nodes(customer)) == ("handled", {node})
+
+
+async def test_what_is_larger_than_a_message_is_refused_or_kept_by_its_reason_only(
+    api: Api, keys: Keys, customer: Tenant
+) -> None:
+    too_large = b" " * (1 << 20) + b"x"
+    headers = {"Content-Type": "application/json"}
+    answer = await api.call("POST", "/events/aws", keys.admin_key, content=too_large, headers=headers)
+    assert answer.status_code == 413
+    assert "1,048,576 bytes" in answer.json()["detail"]
+    done = await ingest(api.db, await customer.facts(), [Received(too_large, EventSource.SQS)])
+    assert done.quarantined == 1
+    (message,) = await _quarantined(api, keys)
+    assert message["reason"].startswith("too_large: the body has 1048577 bytes")
+    assert (message["body"], message["body_bytes"]) == (None, None)
+    replayed = await api.ok("POST", f"/quarantine/{message['id']}/replay", keys.admin_key)
+    assert (replayed["outcome"], replayed["reason"]) == ("quarantined", message["reason"])
+
+
+async def test_a_pushed_body_that_nests_too_deep_is_kept_not_refused(api: Api, keys: Keys, customer: Tenant) -> None:
+    """EventBridge gives up on what is refused."""
+    assert await _push(api, keys, "[" * 10_000 + "]" * 10_000) == "quarantined"
+    (message,) = await _quarantined(api, keys)
+    assert message["reason"].startswith("too_deep")
+
+
+async def test_a_replayed_notice_speaks_for_its_agents_cluster_only(api: Api, keys: Keys, customer: Tenant) -> None:
+    other = await api.ok(
+        "POST",
+        "/clusters",
+        json={"customer_id": str(keys.customer_id), "cluster_name": "second", "region": "us-east-1"},
+    )
+    neighbour = Tenant(api.db, keys.customer_id, UUID(other["id"]), customer.account_id)
+    node = await neighbour.node()
+    assert (await _notify(api, keys, _notice(node))).json()["interruptions"] == []
+    (message,) = await _quarantined(api, keys)
+    assert message["reason"].startswith("foreign_instance")
+    replayed = await api.ok("POST", f"/quarantine/{message['id']}/replay", keys.admin_key)
+    assert (replayed["outcome"], replayed["reason"]) == ("quarantined", message["reason"])
+    assert await _drained_nodes(customer) == set()
+
+
+async def test_a_replayed_message_may_name_the_region_of_its_queue(api: Api, keys: Keys, customer: Tenant) -> None:
+    """A queue in Frankfurt brings what is about Frankfurt, though no cluster is there yet; a push brings no region."""
+    await customer.rows(
+        "UPDATE customers SET sqs_queue_url = replace(sqs_queue_url, 'us-east-1', 'eu-central-1') "
+        "WHERE id = :customer_id RETURNING 1"
+    )
+    for source, outcome in ((EventSource.SQS, "waiting"), (EventSource.PUSH, "quarantined")):
+        account = _an_account()
+        warning = customer.warning("i-0aaaabbbbccccffff", region="eu-central-1", account=account)
+        said = Received(json.dumps(warning), source)
+        await ingest(api.db, await customer.facts(), [said], queue_region="eu-central-1")
+        (message,) = [m for m in await _quarantined(api, keys) if m["source"] == source]
+        assert message["reason"].startswith("account_contradiction")
+        await _owns(customer, account)
+        replayed = await api.ok("POST", f"/quarantine/{message['id']}/replay", keys.admin_key)
+        assert replayed["outcome"] == outcome, replayed
 
 
 async def test_quarantine_of_another_customer_does_not_exist(api: Api, keys: Keys, customer: Tenant) -> None:

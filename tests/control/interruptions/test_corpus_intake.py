@@ -127,6 +127,7 @@ async def test_the_lambda_envelope_of_a_queue_is_quarantined_not_taken_apart(own
 _UNSENDABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _LARGEST_BYTES = 1 << 20
 
+
 def sendable(raw: bytes) -> str | None:
     """The body as text, if SQS would take it: not empty, characters XML knows, at most 1 MiB."""
     try:

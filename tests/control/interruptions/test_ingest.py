@@ -9,9 +9,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from control.agents.repository import lease_tasks
-from control.interruptions.service import Received, ingest
+from control.interruptions.parsing import Outcome
+from control.interruptions.reconcilers.missed import ending
+from control.interruptions.reconcilers.repository import Place
+from control.interruptions.service import Received, ingest, ingest_outcomes
 from control.interruptions.taking import accept_agent_events
+from tests.control.interruptions.tenants import Tenant
 from warehouse.contracts import AgentEvent, EventKind, EventSource, InterruptionAction
+from warehouse.postgres.models import new_id
 from warehouse.postgres.session import Database
 
 
@@ -292,3 +297,48 @@ async def test_a_stop_that_comes_true_after_it_was_handled_is_no_second_interrup
         )
         await ingest(db, facts, [sqs(tenant.warning(instance, action))])
         assert len(await tenant.rows(sql, i=instance)) == 2
+
+
+async def test_every_stop_that_only_the_poll_sees_is_an_interruption_and_seen_twice_it_is_one(
+    db: Database, tenant: Tenant
+) -> None:
+    """An instance that EC2 stops, starts and stops again: each poll shows the same end for as long as it lasts."""
+    instance = await tenant.node()
+    place = Place(tenant.customer_id, tenant.region, tenant.cluster_id)
+
+    async def poll(state: str, started: datetime, reason: str = "") -> None:
+        shown = {"LaunchTime": started, "StateTransitionReason": reason}
+        event = ending(place, instance, state, shown, db.now())
+        outcomes: list[tuple[Received, Outcome]] = [(Received("{}", EventSource.POLL), event)]
+        await ingest_outcomes(db, await tenant.facts(), outcomes, now=db.now())
+
+    starts = [datetime.now(UTC) - timedelta(days=days) for days in (3, 2, 1)]
+    for number, started in enumerate(starts, 1):
+        for state in ("stopping", "stopping", "stopped", "stopped"):
+            await poll(state, started)
+        found = await tenant.rows("SELECT * FROM interruptions WHERE customer_id = :customer_id ORDER BY id")
+        assert [row.instance_action for row in found] == ["stop"] * number
+        assert all(row.instance_gone_at for row in found)
+        drains = await tenant.rows("SELECT 1 FROM agent_tasks WHERE customer_id = :customer_id")
+        assert len(drains) == number
+        # A day goes by, and the instance is started again.
+        await tenant.rows(
+            "UPDATE interruptions SET state = 'closed', outcome = 'handled', closed_at = now() - interval '1 day', "
+            "received_at = received_at - interval '1 day', notice_at = notice_at - interval '1 day', "
+            "interruption_key = interruption_key || id WHERE customer_id = :customer_id AND state <> 'closed' "
+            "RETURNING 1"
+        )
+
+
+def test_the_moment_of_an_end_is_the_one_ec2_tells() -> None:
+    seen = datetime(2026, 1, 2, 3, 10, tzinfo=UTC)
+    place = Place(new_id(), "us-east-1", new_id())
+    moments = {
+        "User initiated (2026-01-02 03:04:05 GMT)": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        "Server.SpotInstanceShutdown: (2026-13-41 03:04:05 GMT)": seen,
+        "User initiated (2026-01-02 03:14:05 GMT)": seen,
+        "": seen,
+    }
+    for reason, at in moments.items():
+        event = ending(place, "i-0123456789", "stopped", {"StateTransitionReason": reason}, seen)
+        assert event.occurred_at == at, reason

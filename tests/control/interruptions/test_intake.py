@@ -16,7 +16,14 @@ from sqlalchemy import text
 from control.errors import Invalid
 from control.gateways.aws import AwsError, AwsGateway
 from control.interruptions import views
-from control.interruptions.intake import CUSTOMERS_SECONDS, DEGRADED_AFTER_SECONDS, Health, Intake, explain
+from control.interruptions.intake import (
+    COMMITS_AT_ONCE,
+    CUSTOMERS_SECONDS,
+    DEGRADED_AFTER_SECONDS,
+    Health,
+    Intake,
+    explain,
+)
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Facts, Received, ingest
 from control.sandbox.aws.faults import Fault
@@ -157,6 +164,51 @@ async def test_a_flood_of_one_customer_is_taken_in_large_batches(stage: Stage, i
         "SELECT count(DISTINCT received_at) AS n FROM interruptions WHERE customer_id = :customer_id"
     )
     assert commits.n < 60
+
+
+async def test_large_messages_are_held_by_their_bytes_and_keep_nobody_out(
+    stage: Stage, intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Postgres is slow, a flood of large bodies stays in its queue, and other queues are read all the same."""
+    monkeypatch.setattr("control.interruptions.intake.MAX_HELD_BYTES_OF_ALL", 3 << 20)
+    quiet = await add_customer(stage)
+
+    async def both_read() -> bool:
+        return {stage.tenant.customer_id, quiet.customer_id} <= set(intake.readers)
+
+    await stage.until(both_read, 10)
+    flooded, other = intake.readers[stage.tenant.customer_id], intake.readers[quiet.customer_id]
+    async with contextlib.AsyncExitStack() as no_turns:
+        for _ in range(COMMITS_AT_ONCE):
+            await no_turns.enter_async_context(intake.turns)
+        nodes = await stage.tenant.nodes(40)
+        size = 300 << 10
+        bodies = [json.dumps(stage.tenant.warning(node, padding="p" * size)) for node in nodes]
+        stage.aws.send_events(stage.queue, bodies)
+
+        async def full() -> bool:
+            return intake.held.bytes >= 3 << 20
+
+        await stage.until(full, 10)
+        node = await quiet.node()
+        stage.aws.send_event(quiet.account_id, quiet.warning(node))
+
+        async def held() -> bool:
+            return other.held_bytes > 0
+
+        await stage.until(held, 10)
+        # The bound, and the receives that were under way when it was reached.
+        assert flooded.held_bytes < (3 << 20) + 2 * 10 * (size + 1024)
+        assert flooded.held_bytes + other.held_bytes == intake.held.bytes
+        assert sum(stage.aws.queue_depth(stage.queue)) == 40
+    await _drained(stage, quiet, node)
+
+    async def all_in() -> bool:
+        return stage.aws.queue_depth(stage.queue) == (0, 0)
+
+    await stage.until(all_in, 30)
+    assert len(await stage.interruptions()) == 40
+    assert intake.held.bytes == 0
 
 
 async def test_poison_one_to_one_with_good_warnings_over_the_queue(stage: Stage, intake: Intake) -> None:
