@@ -2,9 +2,7 @@
 
 import fcntl
 import json
-import os
 import subprocess
-import sys
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -14,20 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import make_url
 
+from tests.commands import cloudoptim
 from warehouse.lake.store import Lake, PartitionWrite
 
 MINE, OTHER = str(UUID(int=1)), str(UUID(int=2))
 HOUR = datetime(2024, 5, 1, 10, tzinfo=UTC)
-
-
-def cloudoptim(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "control.cli", *arguments],
-        env={"PATH": os.environ["PATH"], **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def node_hour(customer_id: str, instance_id: str) -> dict:
