@@ -11,10 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.agents.repository import NewTask, create_tasks
 from control.interruptions import closing_repository, metrics, repository
+from control.interruptions.batch import Batch
 from control.interruptions.closing_repository import Ended
+from control.interruptions.drains import drain_task
+from control.interruptions.messages import Ingested
 from control.interruptions.policies import SOFT_KINDS, NodeFacts
 from control.interruptions.runtime import Runtime
-from control.interruptions.service import Batch, Ingested, drain_task
 from control.interruptions.states import (
     UNMATCHED_FOR,
     Branches,
@@ -123,7 +125,8 @@ def _observe(row: Ended, now: datetime) -> None:
         "closed": now,
     }
     for step, at in steps.items():
-        if at is not None:
+        # What a recommendation had begun before the warning came was no answer to the warning.
+        if at is not None and (row.first_notice_at is None or at >= row.notice_at):
             metrics.STEP_SECONDS.labels(step).observe(max((at - row.notice_at).total_seconds(), 0.0))
             metrics.STEP_LEFT_SECONDS.labels(step).observe((row.deadline_at - at).total_seconds())
 
@@ -158,6 +161,8 @@ async def begin_waiting_drains(runtime: Runtime) -> int:
                 tasks.append(drain_task(row.id, _node(row), deadline, InterruptionAction(row.instance_action), now=now))
         await closing_repository.begin_drains(conn, changes)
         await repository.insert_history(conn, history)
+        # A drain that failed before it was to wait may be tried again.
+        await repository.retire_drains(conn, [task.interruption_id for task in tasks if task.interruption_id])
         await create_tasks(conn, tasks)
     for cluster_id in {task.cluster_id for task in tasks}:
         await runtime.bells.ring("tasks", cluster_id)
@@ -209,7 +214,7 @@ async def _settle(runtime: Runtime, customer_id: UUID, ids: list[UUID], now: dat
         rows = await repository.lock_unmatched(conn, ids)
         batch = Batch(facts, now)
         done: Ingested = await batch.rematch(conn, rows)
-        matched = set(batch.matched)
+        matched = set(batch.drafts.matched)
         over = [row for row in rows if row.id not in matched and close_unmatched(row.received_at, now)]
         await _close_unmatched(conn, customer_id, [row.id for row in over], now)
     await done.ring(runtime.bells)

@@ -23,6 +23,7 @@ class Ended:
     cluster_id: UUID | None
     instance_id: str
     notice_at: datetime
+    first_notice_at: datetime | None
     deadline_at: datetime
     detected_by: list[str]
     kind: str
@@ -41,8 +42,8 @@ class Ended:
 
 
 _ENDED = text("""
-    SELECT i.id, i.customer_id, i.cluster_id, i.instance_id, i.notice_at, i.deadline_at, i.detected_by, i.kind,
-           i.instance_action, i.instance_gone_at, i.version,
+    SELECT i.id, i.customer_id, i.cluster_id, i.instance_id, i.notice_at, i.first_notice_at, i.deadline_at,
+           i.detected_by, i.kind, i.instance_action, i.instance_gone_at, i.version,
            t.state AS drain, t.created_at AS task_created_at, t.first_leased_at AS leased_at, t.cordoned_at,
            t.finished_at AS drained_at, l.state AS launch, a.launched_at, a.ready_at,
            a.instance_id AS replacement_instance_id
@@ -100,7 +101,9 @@ _WAITING = text("""
     JOIN clusters c ON c.id = i.cluster_id
     LEFT JOIN nodes n ON n.cluster_id = i.cluster_id AND n.instance_id = i.instance_id
     WHERE i.state = 'open' AND i.drain_pending
-      AND (l.state IN ('ready', 'exhausted', 'cancelled')
+      AND (l.state IN ('ready', 'cancelled')
+           OR (l.state = 'exhausted'
+               AND (i.kind <> 'scheduled_change' OR now() > i.deadline_at - interval '45 minutes'))
            OR now() > i.deadline_at - CASE i.kind WHEN 'scheduled_change' THEN interval '15 minutes'
                                                   WHEN 'rebalance_recommendation' THEN NULL
                                                   ELSE interval '1 minute' END)
@@ -111,7 +114,8 @@ _WAITING = text("""
 
 async def waiting_drains(conn: AsyncConnection, *, limit: int) -> list[Any]:
     """Interruptions under policy ``pre_spin`` whose replacement is Ready or will not come; locked. A minute before an
-    announced end, or when the maintenance begins, the drain waits no longer."""
+    announced end, or when the maintenance begins, the drain waits no longer; without a replacement, half an hour before
+    the maintenance."""
     return list(await conn.execute(_WAITING, {"limit": limit}))
 
 

@@ -197,6 +197,34 @@ def from_agent(event: SpotEvent, *, region: str, account_id: str | None, receive
     )
 
 
+def remembered(
+    kind: EventKind,
+    instance_id: str,
+    *,
+    action: InterruptionAction,
+    region: str,
+    account_id: str | None,
+    occurred_at: datetime,
+    received_at: datetime,
+    detail: dict[str, Any],
+) -> ParsedEvent:
+    """An event that was kept, as it concerns one instance: the moments in its detail count again."""
+    exact = _read_time(detail.get("time"), set()) if kind is EventKind.SPOT_INTERRUPTION else None
+    return ParsedEvent(
+        kind=kind,
+        dedupe_key="",
+        region=region,
+        account_id=account_id,
+        occurred_at=occurred_at,
+        instance_ids=(instance_id,),
+        action=action,
+        starts_at=_read_time(detail.get("startTime"), set()),
+        exact_deadline=exact,
+        flags=frozenset({"stale"} if occurred_at < received_at - STALE_AFTER else ()),
+        detail=detail,
+    )
+
+
 def kept_body(body: str | bytes) -> str | None:
     """A body as it may be stored in quarantine: text Postgres takes, whole, so that it can be read again, with secrets
     hidden by their shape. None for one that no sender could have sent: nothing over 1 MiB is kept."""

@@ -18,7 +18,9 @@ import msgspec
 from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control.interruptions.merging import Known
 from control.interruptions.policies import NodeFacts
+from warehouse.contracts import EventKind, InterruptionAction
 
 
 @lru_cache(maxsize=64)
@@ -156,23 +158,43 @@ class InterruptionRow:
     drain_pending: bool
     instance_gone_at: datetime | None
     notice_at: datetime
+    first_notice_at: datetime | None
     region: str
     account_id: str | None
     reason: str | None
     closed_at: datetime | None
     version: int
 
+    def known(self) -> Known:
+        """What later signals depend on."""
+        return Known(
+            key=self.interruption_key,
+            kind=EventKind(self.kind),
+            action=InterruptionAction(self.instance_action),
+            state=self.state,
+            notice_at=self.notice_at,
+            received_at=self.received_at,
+            deadline_at=self.deadline_at,
+            detected_by=tuple(self.detected_by),
+            drain_pending=self.drain_pending,
+            first_notice_at=self.first_notice_at,
+            outcome=self.outcome,
+            reason=self.reason,
+            gone_at=self.instance_gone_at,
+            closed_at=self.closed_at,
+        )
+
 
 _COLUMNS = """id, customer_id, cluster_id, instance_id, interruption_key, state, outcome, kind, instance_action,
     received_at, deadline_at, detected_by, drain_pending, instance_gone_at,
-    notice_at, region, account_id, reason, closed_at, version"""
+    notice_at, first_notice_at, region, account_id, reason, closed_at, version"""
 
 _CONTEXT = text(f"""
     WITH locked AS (
         SELECT {_COLUMNS} FROM interruptions
         WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
-          AND (state <> 'closed' OR interruption_key = ANY(:keys) OR closed_at > now() - interval '1 hour'
-               OR instance_action = 'terminate')
+          AND (state <> 'closed' OR split_part(interruption_key, '#', 1) = ANY(:keys)
+               OR closed_at > now() - interval '1 hour' OR instance_action = 'terminate')
         ORDER BY id FOR UPDATE
     ), nodes_found AS ({_NODES_SQL}
     ), earlier AS (
@@ -270,14 +292,14 @@ def _insertion(table: str, columns: str, parameter: str, order: str, conflict: s
 _INBOX_COLUMNS = """customer_id, source, dedupe_key, sqs_message_id, receive_count, body_sha256, event_type, outcome,
     reason, body, sent_at, received_at"""
 _INTERRUPTION_COLUMNS = """id, customer_id, cluster_id, node_id, region, interruption_key, account_id, instance_id,
-    instance_type, availability_zone, instance_action, kind, notice_at, received_at, deadline_at, detected_by, state,
-    outcome, reason, drain_pending, instance_gone_at, closed_at, version"""
+    instance_type, availability_zone, instance_action, kind, notice_at, first_notice_at, received_at, deadline_at,
+    detected_by, state, outcome, reason, drain_pending, instance_gone_at, closed_at, version"""
 _EVENT_COLUMNS = """id, customer_id, cluster_id, event_type, instance_id, received_at, occurred_at, source, dedupe_key,
     interruption_id, action_taken, payload"""
 _INTENT_COLUMNS = "id, customer_id, cluster_id, interruption_id, requirements, state, deadline_at, next_action_at"
 
 # One statement for all that a batch writes: a batch costs the same round trips whatever it holds. The counts tell
-# whether somebody else wrote one of the rows in the meantime.
+# whether somebody else wrote one of the rows in the meantime, or began another interruption of an instance.
 _WRITE = text(f"""
     WITH inbox AS (
         {
@@ -292,7 +314,7 @@ _WRITE = text(f"""
         _INTERRUPTION_COLUMNS,
         "fresh",
         "region, interruption_key",
-        "(customer_id, region, interruption_key) DO NOTHING",
+        "DO NOTHING",
     )
 } RETURNING 1
     ), changed AS (
@@ -301,7 +323,8 @@ _WRITE = text(f"""
             node_id = coalesce(r.node_id, i.node_id),
             instance_type = coalesce(r.instance_type, i.instance_type),
             availability_zone = coalesce(r.availability_zone, i.availability_zone),
-            kind = r.kind, instance_action = r.instance_action, deadline_at = r.deadline_at,
+            kind = r.kind, instance_action = r.instance_action, notice_at = r.notice_at,
+            first_notice_at = r.first_notice_at, received_at = r.received_at, deadline_at = r.deadline_at,
             detected_by = r.detected_by, state = r.state, outcome = r.outcome, reason = r.reason,
             drain_pending = r.drain_pending, instance_gone_at = r.instance_gone_at, closed_at = r.closed_at,
             version = r.version
@@ -381,20 +404,28 @@ async def insert_history(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]
     await insert_rows(conn, "interruption_history", rows, order="interruption_id, version")
 
 
+# A message about many instances waits until none of them does any more. Its events carry its key, with the instance
+# behind a "#" where they are many.
 _RELEASE = text("""
     UPDATE inbox_messages m SET outcome = :outcome, reason = :reason,
         body = CASE WHEN :outcome = 'quarantined' THEN m.body END
     FROM spot_events e
     WHERE e.customer_id = :customer_id AND e.interruption_id = ANY(:interruption_ids)
-      AND m.customer_id = e.customer_id AND m.source = e.source AND m.dedupe_key = split_part(e.dedupe_key, '#', 1)
+      AND m.customer_id = e.customer_id AND m.source = e.source
+      AND m.dedupe_key IN (e.dedupe_key, regexp_replace(e.dedupe_key, '#[^#]*$', ''))
       AND m.outcome = 'waiting'
+      AND (:outcome <> 'handled' OR NOT EXISTS (
+          SELECT FROM interruptions i JOIN spot_events other ON other.interruption_id = i.id
+          WHERE i.customer_id = :customer_id AND i.state = 'unmatched' AND other.source = m.source
+            AND m.dedupe_key IN (other.dedupe_key, regexp_replace(other.dedupe_key, '#[^#]*$', ''))))
 """)
 
 
 async def release_waiting(
     conn: AsyncConnection, customer_id: UUID, interruption_ids: Sequence[UUID], *, outcome: str, reason: str | None
 ) -> None:
-    """Messages that waited for a node got one (``handled``), or never did (``quarantined``, to be replayed)."""
+    """Messages that waited for a node got one, each of its instances (``handled``), or one never did (``quarantined``,
+    to be replayed)."""
     if interruption_ids:
         await conn.execute(
             _RELEASE,
@@ -405,6 +436,24 @@ async def release_waiting(
                 "reason": reason,
             },
         )
+
+
+_SIGNALS = text("""
+    SELECT interruption_id, event_type, occurred_at, received_at, payload FROM spot_events
+    WHERE customer_id = :customer_id AND interruption_id = ANY(:interruption_ids)
+    ORDER BY received_at, id
+""")
+
+
+async def signals_of(
+    conn: AsyncConnection, customer_id: UUID, interruption_ids: Sequence[UUID]
+) -> dict[UUID, list[Any]]:
+    """All that was said about interruptions, in the order it came."""
+    values = {"customer_id": customer_id, "interruption_ids": list(interruption_ids)}
+    found: dict[UUID, list[Any]] = {}
+    for row in await conn.execute(_SIGNALS, values):
+        found.setdefault(row.interruption_id, []).append(row)
+    return found
 
 
 _UNMATCHED = text(f"""
@@ -454,14 +503,19 @@ async def retire_drains(conn: AsyncConnection, interruption_ids: Sequence[UUID])
 
 
 _SHORTEN = text("""
-    UPDATE agent_tasks t SET deadline_at = r.deadline_at
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (interruption_id uuid, deadline_at timestamptz)
-    WHERE t.interruption_id = r.interruption_id AND t.state IN ('queued', 'leased') AND t.deadline_at > r.deadline_at
+    UPDATE agent_tasks t SET deadline_at = r.deadline_at,
+        parameters = t.parameters || jsonb_build_object(
+            'grace_seconds', least(CAST(t.parameters ->> 'grace_seconds' AS integer), r.grace_seconds))
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r
+        (interruption_id uuid, deadline_at timestamptz, grace_seconds integer)
+    WHERE t.interruption_id = r.interruption_id AND t.dedupe_key = 'drain:' || r.interruption_id
+      AND t.state IN ('queued', 'leased') AND t.deadline_at > r.deadline_at
 """)
 
 
 async def shorten_deadlines(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bring forward the deadline of drains whose notice turned out to be more urgent."""
+    """Bring forward the deadline of drains whose notice turned out to be more urgent; whoever holds one learns of it
+    with the answer to its next report."""
     if rows:
         await conn.execute(_SHORTEN, {"rows": to_json(rows)})
 
@@ -472,15 +526,16 @@ async def insert_hooks(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]])
 
 
 _HASTEN = text("""
-    UPDATE launch_intents SET next_action_at = :now
-    WHERE interruption_id = ANY(:interruption_ids) AND state = 'planned' AND next_action_at > :now
+    UPDATE launch_intents l SET next_action_at = r.at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r (interruption_id uuid, at timestamptz)
+    WHERE l.interruption_id = r.interruption_id AND l.state = 'planned' AND l.next_action_at > r.at
 """)
 
 
-async def hasten_launches(conn: AsyncConnection, interruption_ids: Sequence[UUID], *, now: datetime) -> None:
-    """Replacements planned for later are wanted now."""
-    if interruption_ids:
-        await conn.execute(_HASTEN, {"interruption_ids": list(interruption_ids), "now": now})
+async def hasten_launches(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replacements planned for later are wanted at the moment ``at``."""
+    if rows:
+        await conn.execute(_HASTEN, {"rows": to_json(rows)})
 
 
 _RECENT_QUARANTINE = text("""

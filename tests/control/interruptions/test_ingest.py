@@ -342,3 +342,118 @@ def test_the_moment_of_an_end_is_the_one_ec2_tells() -> None:
     for reason, at in moments.items():
         event = ending(place, "i-0123456789", "stopped", {"StateTransitionReason": reason}, seen)
         assert event.occurred_at == at, reason
+
+
+def maintenance(tenant: Any, *instances: str, starts: datetime, code: str = "SYSTEM_MAINTENANCE") -> dict[str, Any]:
+    detail = {
+        "service": "EC2",
+        "eventTypeCategory": "scheduledChange",
+        "eventTypeCode": f"AWS_EC2_{code}_EVENT",
+        "startTime": f"{starts:%a, %d %b %Y %H:%M:%S} GMT",
+        "affectedEntities": [{"entityValue": instance, "status": "PENDING"} for instance in instances],
+    }
+    return tenant.event("AWS Health Event", detail, source="aws.health")
+
+
+async def kept(tenant: Any, instance: str) -> None:
+    """There was no replacement and the node stayed: the recommendation was closed some minutes ago."""
+    await tenant.rows(
+        "UPDATE interruptions SET state = 'closed', outcome = 'cancelled', closed_at = now() - interval '3 minutes', "
+        "notice_at = now() - interval '9 minutes' WHERE instance_id = :i AND state = 'open' RETURNING 1",
+        i=instance,
+    )
+
+
+async def test_a_recommendation_about_a_node_that_was_kept_is_a_new_one(db: Database, tenant) -> None:
+    await tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    facts = await tenant.facts()
+    instance = await tenant.node()
+    first = sqs(tenant.rebalance(instance, time=(datetime.now(UTC) - timedelta(minutes=9)).isoformat()))
+    await ingest(db, facts, [first])
+    await kept(tenant, instance)
+    sql = "SELECT * FROM interruptions WHERE customer_id = :customer_id ORDER BY id"
+
+    # The same recommendation, by its message again and by the agent: nothing new.
+    await ingest(db, facts, [first])
+    echo = AgentEvent(
+        event_type=EventKind.REBALANCE_RECOMMENDATION,
+        instance_id=instance,
+        occurred_at=datetime.now(UTC) - timedelta(minutes=9, seconds=2),
+    )
+    await accept_agent_events(
+        db, None, customer_id=tenant.customer_id, cluster_id=tenant.cluster_id, region=tenant.region, events=[echo]
+    )
+    assert [row.state for row in await tenant.rows(sql)] == ["closed"]
+
+    # EC2 recommends it again, and two consumers hear of it at once, in two words.
+    now = datetime.now(UTC)
+    words = [sqs(tenant.rebalance(instance, time=moment.isoformat())) for moment in (now - timedelta(minutes=1), now)]
+    await asyncio.gather(*(ingest(db, facts, [word]) for word in words))
+    assert [row.state for row in await tenant.rows(sql)] == ["closed", "open"]
+    await ingest(db, facts, words)
+    await kept(tenant, instance)
+    await ingest(db, facts, [sqs(tenant.rebalance(instance))])
+    rows = await tenant.rows(sql)
+    assert [row.state for row in rows] == ["closed", "closed", "open"]
+    assert len({row.interruption_key for row in rows}) == 3
+    assert len(await tenant.rows("SELECT 1 FROM launch_intents WHERE customer_id = :customer_id")) == 3
+
+
+async def test_a_sharper_word_has_its_own_notice_beside_the_first(db: Database, tenant) -> None:
+    await tenant.config("event_policies", {"rebalance_recommendation": "drain"})
+    facts = await tenant.facts()
+    instance = await tenant.node()
+    recommended = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=7)
+    await ingest(db, facts, [sqs(tenant.rebalance(instance, time=recommended.isoformat()))])
+    warned = datetime.now(UTC).replace(microsecond=0)
+    await ingest(db, facts, [sqs(tenant.warning(instance, time=warned.isoformat()))])
+    row = await tenant.row("SELECT * FROM interruptions WHERE customer_id = :customer_id")
+    assert (row.first_notice_at, row.notice_at) == (recommended, warned)
+    assert row.deadline_at == warned + timedelta(seconds=120)
+    task = await tenant.row("SELECT * FROM agent_tasks WHERE customer_id = :customer_id")
+    assert task.deadline_at == row.deadline_at
+    assert task.parameters["grace_seconds"] <= 100
+    (*_, entry) = await tenant.rows(
+        "SELECT * FROM interruption_history WHERE interruption_id = :id ORDER BY version", id=row.id
+    )
+    assert (entry.event, entry.detail["kind"]) == ("escalated", "spot_interruption")
+    assert datetime.fromisoformat(entry.detail["deadline_at"]) == row.deadline_at
+
+
+async def test_each_instance_of_a_page_keeps_its_own_entity_only(db: Database, tenant) -> None:
+    instances = [await tenant.node() for _ in range(3)]
+    starts = datetime.now(UTC) + timedelta(days=7)
+    await ingest(db, await tenant.facts(), [sqs(maintenance(tenant, *instances, starts=starts))])
+    rows = await tenant.rows("SELECT instance_id, payload FROM spot_events WHERE customer_id = :customer_id")
+    assert sorted(row.instance_id for row in rows) == sorted(instances)
+    for row in rows:
+        assert row.payload["affectedEntities"] == [{"entityValue": row.instance_id, "status": "PENDING"}]
+        assert row.payload["eventTypeCode"] == "AWS_EC2_SYSTEM_MAINTENANCE_EVENT"
+
+
+async def test_a_recommendation_does_not_drain_for_a_maintenance_of_next_week(db: Database, tenant) -> None:
+    await tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    facts = await tenant.facts()
+    instance = await tenant.node()
+    starts = datetime.now(UTC) + timedelta(days=7)
+    await ingest(db, facts, [sqs(maintenance(tenant, instance, starts=starts))])
+    await ingest(db, facts, [sqs(tenant.rebalance(instance))])
+    row = await tenant.row("SELECT * FROM interruptions WHERE customer_id = :customer_id")
+    assert (row.kind, row.drain_pending) == ("scheduled_change", True)
+    assert row.deadline_at > starts, "a rumour moves no announced end"
+    intent = await tenant.row("SELECT * FROM launch_intents WHERE customer_id = :customer_id")
+    assert intent.next_action_at <= datetime.now(UTC), "but its replacement is launched now"
+
+
+async def test_a_stop_of_a_node_that_was_just_drained_launches_nothing_more(db: Database, tenant) -> None:
+    await tenant.config("event_policies", {"rebalance_recommendation": "drain"})
+    facts = await tenant.facts()
+    instance = await tenant.node()
+    await ingest(db, facts, [sqs(tenant.rebalance(instance))])
+    await tenant.rows(
+        "UPDATE interruptions SET state = 'closed', outcome = 'handled', closed_at = now() "
+        "WHERE instance_id = :i RETURNING 1",
+        i=instance,
+    )
+    await ingest(db, facts, [sqs(tenant.warning(instance, "stop"))])
+    assert len(await tenant.rows("SELECT 1 FROM launch_intents WHERE customer_id = :customer_id")) == 1

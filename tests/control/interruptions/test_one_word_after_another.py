@@ -214,3 +214,69 @@ async def test_a_maintenance_of_next_week_drains_nothing_today(stage: Stage, lau
     # When it begins, the drain does not wait for a replacement any longer.
     await stage.tenant.rows("UPDATE interruptions SET deadline_at = now() + interval '14 minutes' RETURNING 1")
     assert await closing.begin_waiting_drains(launcher.runtime) == 1
+
+
+async def test_a_warning_that_launches_first_drains_a_node_its_recommendation_had_kept(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.pause()
+    await stage.tenant.config(
+        "event_policies", {"rebalance_recommendation": "pre_spin", "spot_interruption": "pre_spin"}
+    )
+    (instance,) = await stage.launch_nodes()
+    await told(stage, stage.tenant.rebalance(instance))
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'exhausted' RETURNING 1")
+    # It is kept, and not closed yet when the warning comes.
+    await closing.begin_waiting_drains(launcher.runtime)
+    await told(stage, stage.tenant.warning(instance))
+    await closing.begin_waiting_drains(launcher.runtime)
+    tasks = await stage.tenant.rows("SELECT state FROM agent_tasks")
+    assert [task.state for task in tasks] == ["queued"]
+
+
+async def test_late_nodes_of_one_message_are_each_matched_with_what_it_said(stage: Stage, launcher: Launcher) -> None:
+    await stage.pause()
+    tenant = stage.tenant
+    start = (datetime.now(UTC) + timedelta(days=7)).replace(microsecond=0)
+    late, never, warned = "i-0aaaabbbbcccc0001", "i-0aaaabbbbcccc0002", "i-0aaaabbbbcccc0003"
+    detail = {
+        "service": "EC2",
+        "eventTypeCategory": "scheduledChange",
+        "eventTypeCode": "AWS_EC2_SYSTEM_MAINTENANCE_EVENT",
+        "startTime": f"{start:%a, %d %b %Y %H:%M:%S} GMT",
+        "affectedEntities": [{"entityValue": instance} for instance in (late, never, warned)],
+    }
+    await told(stage, tenant.event("AWS Health Event", detail, source="aws.health"))
+    # Nobody's yet, one of them is warned of by its agent, with the exact moment.
+    ends = (datetime.now(UTC) + timedelta(seconds=100)).replace(microsecond=0)
+    notice = AgentEvent(
+        event_type=EventKind.SPOT_INTERRUPTION,
+        instance_id=warned,
+        occurred_at=datetime.now(UTC),
+        detail={"action": "terminate", "time": ends.isoformat()},
+    )
+    await accept_agent_events(
+        stage.db,
+        None,
+        customer_id=tenant.customer_id,
+        cluster_id=tenant.cluster_id,
+        region=tenant.region,
+        events=[notice],
+    )
+    await tenant.node(late)
+    await tenant.node(warned)
+    assert await closing.settle_unmatched(launcher.runtime) == 2
+    rows = {row.instance_id: row for row in await stage.interruptions()}
+    assert {rows[late].state, rows[warned].state, rows[never].state} == {"open", "unmatched"}
+    assert (rows[late].drain_pending, rows[late].deadline_at) == (True, start + timedelta(minutes=15))
+    assert (rows[warned].kind, rows[warned].deadline_at) == ("spot_interruption", ends)
+    tasks = await tenant.rows("SELECT interruption_id, deadline_at FROM agent_tasks")
+    assert [(task.interruption_id, task.deadline_at) for task in tasks] == [(rows[warned].id, ends)]
+    planned = await tenant.row("SELECT * FROM launch_intents WHERE interruption_id = :id", id=rows[late].id)
+    assert planned.next_action_at == start - timedelta(minutes=30)
+
+    inbox = "SELECT outcome, body IS NOT NULL AS kept FROM inbox_messages WHERE source = 'sqs'"
+    assert tuple(await tenant.row(inbox)) == ("waiting", True), "one of its nodes is still waited for"
+    await tenant.rows("UPDATE interruptions SET received_at = now() - interval '11 minutes' RETURNING 1")
+    await closing.settle_unmatched(launcher.runtime)
+    assert tuple(await tenant.row(inbox)) == ("quarantined", True)

@@ -1,15 +1,21 @@
-"""The launch of a replacement as a state machine: whatever comes in whatever order, one instance at most is alive."""
+"""Two state machines. The launch of a replacement: whatever comes in whatever order, one instance at most is alive. The
+signals about an instance: none is lost, and one interruption at most is under way."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from control.interruptions import states
+from control.interruptions import merging, states
+from control.interruptions.merging import Effects, Known
+from control.interruptions.parsing import ParsedEvent
+from control.interruptions.policies import Act, Decision, NodeFacts, Policy, decide
 from control.interruptions.states import (
     DRAIN_ENDED,
     LAUNCH_ENDED,
@@ -43,6 +49,7 @@ from control.interruptions.states import (
     close_open,
     close_unmatched,
 )
+from warehouse.contracts import EventKind, InterruptionAction
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -235,3 +242,264 @@ def test_an_unmatched_warning_waits_ten_minutes() -> None:
     closing = close_unmatched(NOW, NOW + states.UNMATCHED_FOR)
     assert closing is not None
     assert closing.outcome is Outcome.UNMATCHED
+
+
+# --- signals about one instance ---------------------------------------------------------------------------------
+
+INSTANCE = "i-0123456789abcdef0"
+ZONE = UUID(int=1)
+FAR = timedelta(days=3)
+KINDS = sorted(merging.STRENGTH)
+LIVELY = (EventKind.REBALANCE_RECOMMENDATION, EventKind.SCHEDULED_CHANGE)
+
+
+@dataclass
+class Branch:
+    """What became of an interruption's drain and launch. None: never asked for."""
+
+    drain: str | None = None
+    drained_at: datetime | None = None
+    launch: IntentState | None = None
+    launch_at: datetime = NOW
+    decided_at: datetime | None = None
+
+
+class SignalMachine(RuleBasedStateMachine):
+    """Signals about one living instance in any order, early, late and repeated, while an agent drains and a launcher
+    launches, or both fail; ``decide`` and ``merging`` answer, and the workers' loops do what they ask for."""
+
+    @initialize(
+        policies=st.fixed_dictionaries({kind: st.sampled_from([Policy.PRE_SPIN, Policy.DRAIN]) for kind in KINDS})
+    )
+    def start(self, policies: dict[EventKind, Policy]) -> None:
+        self.now = NOW
+        self.policies = policies
+        self.known: list[Known] = []
+        self.branches: list[Branch] = []
+        self.sent: list[ParsedEvent] = []
+        self.gone = False
+        self.registered = True
+        self.hard: dict[int, datetime] = {}
+
+    def node(self) -> NodeFacts | None:
+        if not self.registered:
+            return None
+        seen, gone = (self.now, None) if not self.gone else (self.now - timedelta(hours=1), self.now)
+        return NodeFacts(ZONE, ZONE, ZONE, "node", INSTANCE, "m5.large", "us-east-1a", "spot", "us-east-1", seen, gone)
+
+    # --- what comes in
+
+    def tell(self, event: ParsedEvent, label: str) -> None:
+        """As a batch does: decide, find whose it is, begin or merge."""
+        node = self.node()
+        decision = decide(event, INSTANCE, node, self.policies, self.now)
+        index = merging.owner(self.known, event, decision, self.now)
+        before = self.known[index] if index is not None else None
+        if decision.act not in (Act.INTERRUPT, Act.UNMATCHED):
+            if index is not None:
+                self.known[index] = merging.hear(self.known[index], label).known
+            return
+        if before is None or index is None:
+            merged = merging.begin(self.known, event, decision, node, label, self.now)
+            index = len(self.known)
+            self.known.append(merged.known)
+            self.branches.append(Branch())
+            assert merged.known.state == ("open" if node else "unmatched")
+        else:
+            merged = merging.merge(before, event, decision, node, label, self.now)
+            self.known[index] = merged.known
+            assert bool(merged.notes) == (merged.known != before), "a change without a line in the history"
+        self.do(index, merged.effects)
+        # The same again, by whomever and at once, changes nothing but names.
+        assert merging.owner(self.known, event, decision, self.now) == index
+        repeated = merging.merge(self.known[index], event, decision, node, label, self.now)
+        assert repeated.known == self.known[index]
+        assert not repeated.effects.launches
+        self.answered(index, event, decision)
+
+    def do(self, index: int, effects: Effects) -> None:
+        branch = self.branches[index]
+        if effects.launches:
+            assert branch.launch is None, "two replacements of one interruption"
+            branch.launch, branch.launch_at = IntentState.PLANNED, effects.act_at or self.now
+        if effects.hastens_to and branch.launch is IntentState.PLANNED:
+            branch.launch_at = min(branch.launch_at, effects.hastens_to)
+        if effects.drain_may_retry and branch.drain == "failed":
+            branch.drain = None
+        if effects.drains and branch.drain is None:
+            branch.drain, branch.decided_at = "queued", self.now
+
+    def answered(self, index: int, event: ParsedEvent, decision: Decision) -> None:
+        """No signal is lost: it is under way, or was dealt with and nothing is left to do."""
+        one, branch = self.known[index], self.branches[index]
+        if one.state == "unmatched" or decision.gone:
+            return
+        if one.state == "open":
+            if event.kind not in LIVELY:
+                assert not one.soft, "an announced end took nothing over"
+                assert branch.drain is not None or one.drain_pending, "an end without a drain"
+                assert one.deadline_at <= (decision.deadline_at or self.now)
+            return
+        if event.kind not in LIVELY:
+            assert not one.soft or not merging.left_alive(one, self.now), "a closed soft one swallowed an end"
+
+    @rule(
+        kind=st.sampled_from(KINDS),
+        action=st.sampled_from(sorted(InterruptionAction)),
+        age=st.sampled_from([0, 3, 100, 1200]),
+        starts=st.sampled_from([None, timedelta(minutes=10), FAR, 2 * FAR]),
+        state=st.sampled_from(["stopping", "shutting-down", "terminated"]),
+        label=st.sampled_from(["sqs", "agent", "poll"]),
+        exact=st.booleans(),
+    )
+    def signal(
+        self,
+        kind: EventKind,
+        action: InterruptionAction,
+        age: int,
+        starts: timedelta | None,
+        state: str,
+        label: str,
+        exact: bool,
+    ) -> None:
+        """Any signal, now or as old as a queue may make it."""
+        if self.gone and kind is not EventKind.INSTANCE_STATE_CHANGE:
+            return
+        occurred = self.now - timedelta(seconds=age)
+        warned = kind is EventKind.SPOT_INTERRUPTION
+        event = ParsedEvent(
+            kind=kind,
+            dedupe_key="",
+            region="us-east-1",
+            account_id=None,
+            occurred_at=occurred,
+            instance_ids=(INSTANCE,),
+            action=action if warned else None,
+            state=state if kind is EventKind.INSTANCE_STATE_CHANGE else None,
+            starts_at=self.now + starts if starts and kind is EventKind.SCHEDULED_CHANGE else None,
+            exact_deadline=self.now + timedelta(seconds=90) if warned and exact else None,
+            flags=frozenset({"stale"} if age > 900 else ()),
+        )
+        self.sent.append(event)
+        self.tell(event, label)
+        if event.state == "terminated":
+            self.gone = True
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), label=st.sampled_from(["sqs", "agent", "poll"]))
+    def again(self, data: st.DataObject, label: str) -> None:
+        """An earlier message under another id: by another detector, or late."""
+        event = data.draw(st.sampled_from(self.sent))
+        open_before = sum(one.state != "closed" for one in self.known)
+        self.tell(event, label)
+        assert sum(one.state != "closed" for one in self.known) <= max(open_before, 1)
+
+    # --- what goes on meanwhile
+
+    @rule(seconds=st.sampled_from([1, 30, 70, 600, 3700, 86_400]))
+    def time_passes(self, seconds: int) -> None:
+        """In steps as small as the loops', as far as something is due."""
+        ends = self.now + timedelta(seconds=seconds)
+        moments = [one.deadline_at - lead for one in self.known for lead in LEADS if one.state == "open"]
+        for moment in sorted(moment for moment in moments if self.now < moment < ends):
+            self.now = moment
+            self.loops()
+        self.now = ends
+        self.loops()
+
+    def loops(self) -> None:
+        """Drains that waited, drains that expired, and closing: as the workers' SQL has them."""
+        for index, (one, branch) in enumerate(zip(self.known, self.branches, strict=True)):
+            if one.state == "unmatched" and self.now - one.received_at >= states.UNMATCHED_FOR:
+                self.known[index] = replace(one, state="closed", outcome="unmatched", closed_at=self.now)
+            if one.state != "open":
+                continue
+            if branch.launch is IntentState.PLANNED and self.now > one.deadline_at + timedelta(minutes=15):
+                branch.launch = IntentState.EXHAUSTED
+            if branch.drain == "queued" and self.now > one.deadline_at:
+                branch.drain = "expired"
+            kept = one.kind is EventKind.REBALANCE_RECOMMENDATION and branch.launch is not IntentState.READY
+            if one.drain_pending and self.due(one, branch):
+                if not kept and not self.gone:
+                    branch.drain = "queued" if branch.drain in (None, "failed") else branch.drain
+                    branch.decided_at = branch.decided_at or self.now
+                self.known[index] = one = replace(one, drain_pending=False)
+            if not one.soft and not self.gone and self.now >= one.deadline_at - LEADS[0]:
+                assert branch.drain is not None, "a minute before its end, nothing is waited for"
+            found = Branches(
+                branch.drain, branch.drained_at, branch.launch, one.drain_pending, kept and not one.gone_at
+            )
+            closing = close_open(found, deadline_at=one.deadline_at)
+            if closing is not None:
+                self.known[index] = replace(
+                    one, state="closed", outcome=closing.outcome.value, reason=closing.reason, closed_at=self.now
+                )
+
+    def due(self, one: Known, branch: Branch) -> bool:
+        if branch.launch is IntentState.READY:
+            return True
+        if one.kind is EventKind.SCHEDULED_CHANGE:
+            lead = timedelta(minutes=45 if branch.launch is IntentState.EXHAUSTED else 15)
+            return self.now > one.deadline_at - lead
+        if branch.launch is IntentState.EXHAUSTED:
+            return True
+        return one.kind is not EventKind.REBALANCE_RECOMMENDATION and self.now >= one.deadline_at - LEADS[0]
+
+    @rule(end=st.sampled_from(["done", "failed"]))
+    def agent_works(self, end: str) -> None:
+        for branch in self.branches:
+            if branch.drain == "queued":
+                branch.drain, branch.drained_at = end, self.now
+        self.loops()
+
+    @rule(end=st.sampled_from([IntentState.READY, IntentState.EXHAUSTED]))
+    def launcher_works(self, end: IntentState) -> None:
+        for branch in self.branches:
+            if branch.launch is IntentState.PLANNED and branch.launch_at <= self.now:
+                branch.launch = end
+        self.loops()
+
+    @rule()
+    def node_registers_late(self) -> None:
+        """Its interruption waits without a node; the loop that matches tells it again, the sharpest word first."""
+        self.registered = not self.registered
+        if not self.registered:
+            return
+        waiting = [index for index, one in enumerate(self.known) if one.state == "unmatched"]
+        for index in waiting:
+            for event in sorted(self.sent, key=lambda event: -merging.STRENGTH[event.kind]):
+                if event.kind is self.known[index].kind:
+                    self.tell(event, "sqs")
+
+    # --- what always holds
+
+    @invariant()
+    def one_is_under_way_at_a_time(self) -> None:
+        assert sum(one.state != "closed" for one in self.known) <= 1
+
+    @invariant()
+    def keys_are_unique(self) -> None:
+        assert len({one.key for one in self.known}) == len(self.known)
+
+    @invariant()
+    def the_end_of_a_hard_one_only_comes_nearer(self) -> None:
+        for index, one in enumerate(self.known):
+            if not one.soft and one.state == "open":
+                assert one.deadline_at <= self.hard.get(index, one.deadline_at)
+                self.hard[index] = one.deadline_at
+
+    @invariant()
+    def an_announced_end_has_its_drain_decided(self) -> None:
+        for one, branch in zip(self.known, self.branches, strict=True):
+            if one.state == "open" and not one.soft and one.gone_at is None and not self.gone:
+                assert branch.drain is not None or one.drain_pending, one
+
+    @invariant()
+    def the_first_word_is_kept(self) -> None:
+        for one in self.known:
+            assert one.first_notice_at is None or one.first_notice_at <= one.notice_at
+
+
+LEADS = (timedelta(minutes=1), timedelta(minutes=15), timedelta(minutes=45))
+TestSignalMachine = SignalMachine.TestCase
+TestSignalMachine.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)

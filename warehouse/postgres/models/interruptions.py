@@ -89,8 +89,13 @@ class SpotEventRecord(HasId, Base):
 
 
 class Interruption(HasId, HasCreatedAt, Base):
-    """One interruption of one instance, whoever told us. ``interruption_key`` is the instance id for ``terminate``,
-    the instance id and the notice's minute for ``stop`` and ``hibernate``, which can recur."""
+    """One interruption of one instance, whoever told us; one of an instance is under way at a time.
+
+    ``interruption_key`` is the instance id for ``terminate``, the instance id and the notice's minute for ``stop`` and
+    ``hibernate``, which can recur. Recommendations and maintenances carry their kind, from the second on with ``#2``.
+    ``notice_at`` is the notice of ``kind``, the sharpest signal; ``first_notice_at`` the first word about it where that
+    was another.
+    """
 
     __tablename__ = "interruptions"
     __table_args__ = (
@@ -101,6 +106,13 @@ class Interruption(HasId, HasCreatedAt, Base):
             one_of("outcome", "handled", "handled_late", "missed", "cancelled", "unmatched"), name="outcome"
         ),
         CheckConstraint("(state = 'closed') = (outcome IS NOT NULL)", name="closed_has_outcome"),
+        Index(
+            "uq_interruptions_under_way",
+            "customer_id",
+            "instance_id",
+            unique=True,
+            postgresql_where=text("state <> 'closed'"),
+        ),
         Index("ix_interruptions_open", "deadline_at", postgresql_where=text("state <> 'closed'")),
         Index("ix_interruptions_cluster", "customer_id", "cluster_id", "notice_at"),
         Index("ix_interruptions_instance", "customer_id", "instance_id"),
@@ -119,6 +131,7 @@ class Interruption(HasId, HasCreatedAt, Base):
     instance_action: Mapped[str]
     kind: Mapped[str]
     notice_at: Mapped[datetime]
+    first_notice_at: Mapped[datetime | None]
     received_at: Mapped[datetime]
     deadline_at: Mapped[datetime]
     detected_by: Mapped[list[str]] = mapped_column(ARRAY(Text))
