@@ -307,6 +307,36 @@ def lake_sql(
         typer.echo(note, err=True)
 
 
+@app.command("adopt-only")
+def adopt_only(
+    lift: Annotated[str | None, typer.Option(help="Customer whose instances may be terminated again.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; kept in the customer's audit log.")] = "",
+) -> None:
+    """List customers of whom nothing is terminated because the database was restored from a backup, or lift that."""
+    from uuid import UUID
+
+    import psycopg
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from control.commands import adopt_only as command
+
+    settings = load_settings(running=True)
+    try:
+        if lift is not None:
+            if not reason.strip():
+                fail("--reason: say what was compared and why; it is kept in the customer's audit log")
+            command.lift(settings, UUID(lift), reason.strip())
+        rows = command.held_back(settings)
+    except ValueError as error:
+        fail(str(error) if lift is None or "hexadecimal" not in str(error) else f"--lift {lift}: is no customer's id")
+    except (SQLAlchemyError, psycopg.Error) as error:
+        fail(_database_cause(error))
+    for row in rows:
+        typer.echo(f"{row['customer']} ({row['company']}) since {row['since']}: {row['reason']}; {row['adopted']}")
+    if not rows:
+        typer.echo("Nothing is held back: instances of ours are terminated as usual.")
+
+
 @app.command()
 def doctor() -> None:
     """Check every dependency and setting, and say what to do."""

@@ -31,9 +31,11 @@ from control.interruptions.consumers import handlers
 from control.interruptions.intake import COMMITS_AT_ONCE, Intake
 from control.interruptions.launching import ROUND_SECONDS, Launcher
 from control.interruptions.reconcilers import (
+    alarms,
     came_back,
     deadlines,
     invariants,
+    leaving,
     lifecycle,
     missed,
     never_ready,
@@ -117,6 +119,8 @@ class Worker:
             Loop("returning", returning.ADVANCE_SECONDS, partial(returning.advance, self.launcher)),
             Loop("lifecycle", lifecycle.INTERVAL_SECONDS, partial(lifecycle.run_once, runtime), bell="interruptions"),
             Loop("ending", ENDING_SECONDS, Ending(self.launcher).run_once),
+            Loop("leaving", leaving.INTERVAL_SECONDS, partial(leaving.run_once, runtime)),
+            Loop("alarms", alarms.INTERVAL_SECONDS, partial(alarms.run_once, runtime)),
             Loop("orphans", orphans.LOOK_SECONDS, partial(orphans.run_once, self.launcher)),
             Loop("missed", missed.LOOK_SECONDS, partial(missed.run_once, self.launcher)),
             Loop("scores", scores.INTERVAL_SECONDS, partial(scores.run_once, runtime)),

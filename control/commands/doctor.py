@@ -116,7 +116,10 @@ def _servers(settings: Settings, running: bool) -> Iterator[Finding]:
     if own_database:
         setting = "DATABASE_URL" if settings.database_url_setting.get_secret_value() else "DB_HOST"
         url = settings.database_url
-        yield _ask("Postgres", lambda: checks.check_database(url, setting), lambda: checks.where(url))
+        found = _ask("Postgres", lambda: checks.check_database(url, setting), lambda: checks.where(url))
+        yield found
+        if found.state == "ok":
+            yield from _held_back(settings)
     else:
         yield Finding("Postgres", "ok", "embedded (DATABASE_URL is not set)")
     if settings.redis_url_setting.get_secret_value() or settings.redis_host:
@@ -127,6 +130,24 @@ def _servers(settings: Settings, running: bool) -> Iterator[Finding]:
         yield Finding("Redis", "ok", "embedded (REDIS_URL is not set)")
     if running and settings.control_url_setting:
         yield _http("control", f"{settings.control_url}/readyz", "its log is log/control.log in the home")
+
+
+def _held_back(settings: Settings) -> Iterator[Finding]:
+    """Customers of whom nothing is terminated until a person says so; nothing to say of a database without tables."""
+    import psycopg
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from control.commands.adopt_only import held_back
+
+    try:
+        rows = held_back(settings)
+    except (SQLAlchemyError, psycopg.Error):
+        return
+    for row in rows:
+        detail = (
+            f"{row['reason']}; nothing of this customer is terminated since {row['since']}: `cloudoptim adopt-only`"
+        )
+        yield Finding(f"customer {row['company']}", "note", detail)
 
 
 def _lake(settings: Settings, environ: dict[str, str]) -> Finding:

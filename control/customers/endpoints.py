@@ -6,6 +6,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query
+from fastapi.responses import JSONResponse, Response
 
 from control.context import Context
 from control.customers import service
@@ -19,6 +20,8 @@ from control.customers.schemas import (
     CustomerDetail,
     CustomerList,
     KillSwitchRequest,
+    LiftAdoptOnly,
+    Offboarding,
     VerifyAnswer,
 )
 from control.security.access import ADMINS, CUSTOMER_ADMINS, READERS, require
@@ -65,10 +68,26 @@ async def change_customer(
     return CustomerAnswer.model_validate(await service.change_customer(context, principal, customer_id, body))
 
 
-@router.delete("/{customer_id}", status_code=204)
-async def offboard_customer(customer_id: UUID, principal: Admin, context: Context) -> None:
-    """Off-board a customer: its secrets are destroyed and all work stops at once. Nothing in AWS is touched."""
-    await service.offboard_customer(context, principal, customer_id)
+@router.delete("/{customer_id}", status_code=204, responses={202: {"model": Offboarding}})
+async def offboard_customer(
+    customer_id: UUID, principal: Admin, context: Context, leave_behind: bool = False
+) -> Response:
+    """Off-board a customer: its secrets are destroyed and nothing more is begun, at once.
+
+    204: done. 202: launches and replacements are in flight; they are finished or ended with the customer's role, which
+    is given up after that, and `GET` shows what is left. Ask again to try at once what the account refused, or with
+    `leave_behind` to give the role up whatever still bills. Ready nodes stay the customer's."""
+    left = await service.offboard_customer(context, principal, customer_id, leave_behind=leave_behind)
+    if left is None:
+        return Response(status_code=204)
+    return JSONResponse(left.model_dump(mode="json"), status_code=202)
+
+
+@router.post("/{customer_id}/adopt-only/lift")
+async def lift_adopt_only(customer_id: UUID, body: LiftAdoptOnly, principal: Admin, context: Context) -> CustomerDetail:
+    """Terminate instances of this customer again, after its account had launches the database never heard of (it was
+    restored from a backup). Those that were adopted stay."""
+    return await service.lift_adopt_only(context, principal, customer_id, body)
 
 
 @router.post("/{customer_id}/verify")

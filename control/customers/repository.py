@@ -65,12 +65,14 @@ async def update_customer(conn: AsyncConnection, customer_id: UUID, values: dict
     return (await conn.execute(query)).one_or_none()
 
 
-async def offboard(conn: AsyncConnection, customer_id: UUID) -> None:
-    """Destroy the customer's secrets, keys and sign-ins at once, and stop all work. History and audit stay."""
+async def begin_offboarding(conn: AsyncConnection, customer_id: UUID) -> None:
+    """Destroy the customer's secrets, keys and sign-ins at once, and begin nothing more. History and audit stay.
+
+    The role stays until what is in flight has ended (``leaving_repository.give_up_role``).
+    """
     values = {"id": customer_id}
     for statement in (
-        """UPDATE customers SET status = 'offboarded', data_key = NULL, aws_role_arn = NULL, sqs_queue_url = NULL,
-                  aws_account_id = NULL WHERE id = :id""",
+        "UPDATE customers SET status = 'offboarding', data_key = NULL WHERE id = :id",
         """UPDATE clusters SET status = 'deleted', k8s_token = NULL, k8s_ca = NULL, k8s_api_endpoint = NULL
            WHERE customer_id = :id""",
         "DELETE FROM customer_config WHERE customer_id = :id",
@@ -79,10 +81,41 @@ async def offboard(conn: AsyncConnection, customer_id: UUID) -> None:
         "UPDATE users SET disabled_at = coalesce(disabled_at, now()) WHERE customer_id = :id",
         """UPDATE agent_tasks SET state = 'superseded', finished_at = now()
            WHERE customer_id = :id AND state IN ('queued', 'leased')""",
-        """UPDATE launch_intents SET state = 'cancelled', reason = 'customer off-boarded'
+        """UPDATE launch_intents SET state = 'cancelled', reason = 'customer off-boarded', version = version + 1
            WHERE customer_id = :id AND state = 'planned'""",
     ):
         await conn.execute(text(statement), values)
+
+
+_ADOPT_ONLY = text("""
+    SELECT m.adopt_only_since AS since, m.adopt_only_reason AS reason,
+           ARRAY(SELECT a.instance_id FROM adopted_instances a WHERE a.customer_id = m.id ORDER BY 1) AS instances
+    FROM customers m WHERE m.id = :id AND m.adopt_only_since IS NOT NULL
+""")
+_LIFT_ADOPT_ONLY = text("""
+    UPDATE customers SET adopt_only_since = NULL, adopt_only_reason = NULL
+    WHERE id = :id AND adopt_only_since IS NOT NULL
+""")
+_ADOPT_ONLY_CUSTOMERS = text("""
+    SELECT m.id, m.company_name, m.adopt_only_since, m.adopt_only_reason,
+           ARRAY(SELECT a.instance_id FROM adopted_instances a WHERE a.customer_id = m.id ORDER BY 1) AS instances
+    FROM customers m WHERE m.adopt_only_since IS NOT NULL AND m.status <> 'offboarded' ORDER BY m.id
+""")
+
+
+async def adopt_only_of(conn: AsyncConnection, customer_id: UUID) -> Row | None:
+    """Since when and why nothing of the customer is terminated, with the instances that were adopted."""
+    return (await conn.execute(_ADOPT_ONLY, {"id": customer_id})).one_or_none()
+
+
+async def lift_adopt_only(conn: AsyncConnection, customer_id: UUID) -> bool:
+    """Allow terminations again; False when they were allowed."""
+    return (await conn.execute(_LIFT_ADOPT_ONLY, {"id": customer_id})).rowcount > 0
+
+
+async def adopt_only_customers(conn: AsyncConnection) -> Sequence[Row]:
+    """All customers of whom nothing is terminated."""
+    return (await conn.execute(_ADOPT_ONLY_CUSTOMERS)).all()
 
 
 async def list_config(conn: AsyncConnection, customer_id: UUID) -> dict[str, Row]:

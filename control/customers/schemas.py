@@ -65,10 +65,46 @@ class CustomerAnswer(BaseModel):
     created_at: datetime
 
 
+class AdoptOnly(BaseModel):
+    """Since when, and why, nothing of this customer is terminated; the instances of ours that no row explains."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    since: datetime
+    reason: str | None
+    instances: list[str]
+
+
+class InFlight(BaseModel):
+    """What an off-boarding still waits for: the role is kept until each is 0 and no instance is left."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    unanswered_launches: int
+    unfinished_replacements: int
+    running_plans: int
+    instances: list[str]
+
+
 class CustomerDetail(CustomerAnswer):
-    """A customer with the health of its event intake."""
+    """A customer with the health of its event intake and of what runs in its account."""
 
     intake: list[IntakeState]
+    adopt_only: AdoptOnly | None = None
+    in_flight: InFlight | None = None
+
+
+class Offboarding(BaseModel):
+    """An off-boarding that is not finished: the secrets are gone, and this still has to end."""
+
+    status: str
+    in_flight: InFlight
+
+
+class LiftAdoptOnly(Request):
+    """Terminations are allowed again; ``reason`` says who compared what."""
+
+    reason: Text
 
 
 class CustomerList(BaseModel):

@@ -14,15 +14,20 @@ from control.clusters import repository as cluster_repository
 from control.context import AppContext
 from control.customers import registry, repository, templates, verification
 from control.customers.schemas import (
+    AdoptOnly,
     ConfigEntry,
     CustomerChange,
     CustomerCreate,
     CustomerDetail,
+    InFlight,
     IntakeState,
     KillSwitchRequest,
+    LiftAdoptOnly,
+    Offboarding,
     VerifyAnswer,
 )
 from control.errors import Conflict, Forbidden, Invalid, NotFound
+from control.interruptions.reconcilers import leaving_repository, refusals_repository
 from control.security import audit
 from control.security.outbound import check_url, parse_networks
 from control.security.principal import Principal, Role
@@ -52,7 +57,15 @@ async def get_customer(context: AppContext, principal: Principal, customer_id: U
     async with principal.scope(context.db) as conn:
         customer = await _require(conn, customer_id)
         intake = await repository.intake_of(conn, customer_id)
-    return CustomerDetail(**customer._mapping, intake=[IntakeState.model_validate(detector) for detector in intake])
+        adopt_only = await repository.adopt_only_of(conn, customer_id)
+        leaving = customer.status == "offboarding"
+        in_flight = await leaving_repository.in_flight(conn, customer_id) if leaving else None
+    return CustomerDetail(
+        **customer._mapping,
+        intake=[IntakeState.model_validate(detector) for detector in intake],
+        adopt_only=AdoptOnly.model_validate(adopt_only) if adopt_only else None,
+        in_flight=InFlight.model_validate(in_flight) if in_flight else None,
+    )
 
 
 async def _account(
@@ -123,7 +136,13 @@ async def change_customer(context: AppContext, principal: Principal, customer_id
             queue_url = body.sqs_queue_url or customer.sqs_queue_url
             changes["aws_account_id"] = await _account(conn, context, role_arn, queue_url, customer_id)
             changes["status"] = "pending"
-        if body.suspended is not None:
+        if customer.status == "offboarding":
+            # A role that works again may help to end what is left; nothing else begins anew.
+            if body.suspended is not None:
+                raise Conflict("The customer is being off-boarded.")
+            changes.pop("status", None)
+            await refusals_repository.ask_now(conn, customer_id)
+        elif body.suspended is not None:
             changes["status"] = "suspended" if body.suspended else "pending"
         if not changes:
             return customer
@@ -141,20 +160,69 @@ async def change_customer(context: AppContext, principal: Principal, customer_id
     return changed
 
 
-async def offboard_customer(context: AppContext, principal: Principal, customer_id: UUID) -> None:
-    """Destroy the customer's secrets and stop all work for it. Nothing in its AWS account is touched."""
+async def offboard_customer(
+    context: AppContext, principal: Principal, customer_id: UUID, *, leave_behind: bool = False
+) -> Offboarding | None:
+    """Destroy the customer's secrets and begin nothing more for it; None when nothing is in flight (any more).
+
+    What is in flight is finished or ended first, with the customer's role: unanswered launches, replacements that are
+    no Ready node yet, running plans. Asked again, what was refused is tried at once. With ``leave_behind`` the role is
+    given up whatever is left; the audit log names it.
+    """
     async with context.db.system() as conn:
         customer = await _require(conn, customer_id)
-        await repository.offboard(conn, customer_id)
+        if customer.status != "offboarding":
+            await repository.begin_offboarding(conn, customer_id)
+        await refusals_repository.ask_now(conn, customer_id)
+        await leaving_repository.stop_plans(conn)
+        left = await leaving_repository.in_flight(conn, customer_id)
+        finished = left.nothing or leave_behind
+        if finished:
+            await leaving_repository.give_up_role(conn, customer_id)
         await audit.record(
             conn,
             customer_id=customer_id,
             actor=principal.actor,
-            action="customer.offboarded",
+            action="customer.offboarded" if finished else "customer.offboarding",
             subject=str(customer_id),
-            detail={"company_name": customer.company_name},
+            detail={"company_name": customer.company_name}
+            | ({} if left.nothing else {"left_behind" if finished else "in_flight": left.as_dict()}),
         )
     context.authenticator.forget()
+    return None if finished else Offboarding(status="offboarding", in_flight=InFlight.model_validate(left))
+
+
+async def lift_adopt_only(
+    context: AppContext, principal: Principal, customer_id: UUID, body: LiftAdoptOnly
+) -> CustomerDetail:
+    """Allow terminations again for a customer whose launches the database had not heard of.
+
+    Raises:
+        Conflict: they are allowed.
+    """
+    async with context.db.system() as conn:
+        await _require(conn, customer_id)
+        await lift(conn, customer_id, actor=principal.actor, reason=body.reason)
+    return await get_customer(context, principal, customer_id)
+
+
+async def lift(conn: AsyncConnection, customer_id: UUID, *, actor: str, reason: str) -> None:
+    """Lift a customer's adopt-only state, with who did it and why in its audit log.
+
+    Raises:
+        Conflict: it is not in that state.
+    """
+    found = await repository.adopt_only_of(conn, customer_id)
+    if found is None or not await repository.lift_adopt_only(conn, customer_id):
+        raise Conflict("Nothing is held back: instances of this customer are terminated as usual.")
+    await audit.record(
+        conn,
+        customer_id=customer_id,
+        actor=actor,
+        action="customer.adopt_only_lifted",
+        subject=str(customer_id),
+        detail={"reason": reason, "was": found.reason, "since": found.since.isoformat(), "adopted": found.instances},
+    )
 
 
 async def set_kill_switch(context: AppContext, principal: Principal, customer_id: UUID, body: KillSwitchRequest) -> Row:
@@ -206,6 +274,11 @@ async def verify_customer(context: AppContext, principal: Principal, customer_id
             raise Conflict("The customer was suspended meanwhile; lift the suspension before verifying.")
         failed_status = "degraded" if current.status in ("active", "degraded") else "pending"
         status = "active" if ok else failed_status
+        if current.status == "offboarding":
+            status = "offboarding"
+        if ok:
+            # What the account refused is asked for again at once.
+            await refusals_repository.ask_now(conn, customer_id)
         await repository.update_customer(conn, customer_id, {"status": status})
         await audit.record(
             conn,

@@ -28,7 +28,7 @@ def judge(
     if not isinstance(outcome, ParsedEvent):
         return outcome, []
     event_type = outcome.kind.value
-    if facts.status in ("suspended", "offboarded"):
+    if facts.status in ("suspended", "offboarding", "offboarded"):
         return Drop(f"customer_{facts.status}", outcome.dedupe_key, event_type), []
     decisions: Decisions = []
     foreign = 0

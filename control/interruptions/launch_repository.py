@@ -126,8 +126,8 @@ async def update_intents(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]
 
 _UPDATE_ATTEMPTS = text("""
     UPDATE launch_attempts a SET state = r.state, instance_id = r.instance_id, failure = r.failure,
-        launched_at = CASE WHEN r.state IN ('launched', 'adopted') THEN coalesce(a.launched_at, now())
-                           ELSE a.launched_at END,
+        -- From the moment we know of an instance it bills, also when nobody wants it any more.
+        launched_at = CASE WHEN r.instance_id IS NOT NULL THEN coalesce(a.launched_at, now()) ELSE a.launched_at END,
         ready_at = CASE WHEN r.state = 'ready' THEN coalesce(a.ready_at, r.ready_at, now()) ELSE a.ready_at END,
         ended_at = CASE WHEN r.state IN ('failed', 'terminated', 'abandoned') THEN coalesce(a.ended_at, now())
                         ELSE a.ended_at END,
@@ -232,15 +232,22 @@ class BatchRow:
 _BATCH_COLUMNS = """b.id, b.customer_id, b.cluster_id, b.region, b.client_token, b.request_json, b.size, b.state,
     b.calls, b.first_called_at, b.created_at, b.lease_epoch, b.error_code"""
 
+# One customer's calls must not keep another's waiting: each customer's longest due comes first.
 _CLAIM_BATCHES = text(f"""
-    WITH due AS (
-        SELECT id FROM launch_batches
+    WITH ranked AS (
+        SELECT id, row_number() OVER (PARTITION BY customer_id ORDER BY next_action_at, id) AS place
+        FROM launch_batches
         WHERE state IN ('calling', 'unknown') AND next_action_at <= now()
           AND (lease_until IS NULL OR lease_until <= now())
-        ORDER BY created_at LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), due AS (
+        SELECT b.id FROM launch_batches b JOIN ranked USING (id)
+        WHERE b.state IN ('calling', 'unknown') AND b.next_action_at <= now()
+          AND (b.lease_until IS NULL OR b.lease_until <= now())
+        ORDER BY ranked.place, b.next_action_at LIMIT :limit FOR UPDATE OF b SKIP LOCKED
     )
     UPDATE launch_batches b
     SET leased_by = :worker, lease_epoch = b.lease_epoch + 1,
+        next_action_at = now() + make_interval(secs => :lease_seconds),
         lease_until = now() + make_interval(secs => :lease_seconds)
     FROM due WHERE b.id = due.id
     RETURNING {_BATCH_COLUMNS}
@@ -332,6 +339,11 @@ class ClusterFacts:
     account_id: str | None
     config: dict[str, Any]
     recent_replacements_interrupted: int
+
+    @property
+    def leaving(self) -> bool:
+        """Whether nothing is launched here any more, and no agent will say what becomes of its nodes."""
+        return self.status == "deleted" or self.customer_status in ("offboarding", "offboarded")
 
 
 _CLUSTERS = text("""
@@ -522,16 +534,41 @@ async def never_ready_intents(conn: AsyncConnection, *, seconds: float, limit: i
 
 
 _ENDING = text("""
-    SELECT a.intent_id, a.instance_id, a.customer_id, b.cluster_id, b.region, a.failure, a.launched_at
-    FROM launch_attempts a JOIN launch_batches b ON b.id = a.batch_id
-    WHERE a.state = 'terminating' AND a.instance_id IS NOT NULL
-    ORDER BY a.id LIMIT :limit
+    SELECT * FROM (
+        SELECT a.intent_id, a.instance_id, a.customer_id, b.cluster_id, b.region, a.failure, a.launched_at,
+               row_number() OVER (PARTITION BY b.cluster_id ORDER BY a.id) AS place
+        FROM launch_attempts a
+        JOIN launch_batches b ON b.id = a.batch_id
+        JOIN customers m ON m.id = a.customer_id AND m.adopt_only_since IS NULL
+        LEFT JOIN refused_endings r ON r.customer_id = a.customer_id AND r.instance_id = a.instance_id
+        WHERE a.state = 'terminating' AND a.instance_id IS NOT NULL AND (r.next_at IS NULL OR r.next_at <= now())
+          AND b.cluster_id <> ALL(:busy)
+    ) due WHERE place <= :share ORDER BY place, instance_id LIMIT :limit
 """)
 
 
-async def ending_attempts(conn: AsyncConnection, *, limit: int) -> list[Any]:
-    """Instances of ours that are to be ended."""
-    return list(await conn.execute(_ENDING, {"limit": limit}))
+async def ending_attempts(conn: AsyncConnection, *, share: int, limit: int, busy: Sequence[UUID] = ()) -> list[Any]:
+    """Instances of ours that are to be ended now, at most ``share`` of a cluster: what was refused waits its time, and
+    holds up nobody else. Not of the clusters ``busy``."""
+    values = {"share": share, "limit": limit, "busy": list(busy)}
+    return list(await conn.execute(_ENDING, values))
+
+
+_NODES_OF = text("""
+    SELECT i.instance_id,
+           EXISTS (SELECT FROM nodes n WHERE n.customer_id = :customer_id AND n.instance_id = i.instance_id
+                     AND n.status IN ('ready', 'cordoned') AND n.terminated_at IS NULL) AS ready,
+           coalesce(c.last_seen_at > now() - interval '2 minutes', false) AS agent_heard
+    FROM unnest(CAST(:instance_ids AS text[])) AS i (instance_id) CROSS JOIN clusters c WHERE c.id = :cluster_id
+""")
+
+
+async def nodes_of(
+    conn: AsyncConnection, customer_id: UUID, cluster_id: UUID, instance_ids: Sequence[str]
+) -> dict[str, Any]:
+    """Of instances of a cluster: whether each is a Ready node by its agent's word, and whether that agent is heard."""
+    values = {"customer_id": customer_id, "cluster_id": cluster_id, "instance_ids": list(instance_ids)}
+    return {row.instance_id: row for row in await conn.execute(_NODES_OF, values)}
 
 
 _OVERDUE = text("""

@@ -11,8 +11,8 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -170,7 +170,7 @@ class Launcher:
                     conn, ids, worker=self.runtime.worker, seconds=STOPPED_SECONDS, reason="the kill switch is on"
                 )
             return
-        if cluster.status == "deleted" or cluster.customer_status in ("suspended", "offboarded"):
+        if cluster.leaving or cluster.customer_status == "suspended":
             await self._apply_all(ids, Cancel("the cluster or its customer is gone"))
             return
         try:
@@ -226,13 +226,13 @@ class Launcher:
             attempts = await launch_repository.attempts_of(conn, list(locked))
             overtaken = await launch_repository.overtaken_intents(conn, list(locked))
             planned: list[_Planned] = []
-            moves = _Moves(self.runtime.db.now())
+            moves = Moves(self.runtime.db.now())
             for claimed in intents:
                 row = locked.get(claimed.id)
                 # Somebody else took it over while we asked EC2: theirs now.
                 if row is None or row.lease_epoch != claimed.lease_epoch:
                     continue
-                state = _intent(row, attempts[row.id])
+                state = intent_of(row, attempts[row.id])
                 if row.id in overtaken:
                     reason = "its replacement was interrupted too, and is replaced for that interruption"
                     moves.move(row, attempts[row.id], state, Cancel(reason))
@@ -489,17 +489,31 @@ class Launcher:
 
     def call_soon(self, batch: BatchRow, cluster: ClusterFacts) -> None:
         """Make a committed call in the background; a crash leaves it to the launch reconciler."""
-        task = asyncio.create_task(self._guarded_call(batch, cluster), name=f"launch {batch.id}")
+        self.in_background(self.call(batch, cluster), f"launch {batch.id}")
+
+    def in_background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Do something about one batch without waiting for it; what fails is told and harms no other."""
+        task = asyncio.create_task(self._guarded(work, name), name=name)
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
+        return task
 
-    async def _guarded_call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
+    @property
+    def settling(self) -> int:
+        """How many batches are being called, repeated or looked for."""
+        return len(self._calls)
+
+    async def _guarded(self, work: Coroutine[Any, Any, None], name: str) -> None:
         try:
-            await self.call(batch, cluster)
+            await work
         except Exception as error:
             # The batch keeps its lease and is repeated with the same token when it ends.
             metrics.LOOP_FAILURES.labels("launch_call", type(error).__name__).inc()
-            log.warning("launch.call_interrupted", batch_id=str(batch.id), error=str(error)[:300])
+            log.warning("launch.call_interrupted", call=name, error=str(error)[:300])
+
+    def holding(self, batch: BatchRow) -> AbstractAsyncContextManager[None]:
+        """Keep a claimed batch for as long as the block takes."""
+        return self._heartbeat(partial(launch_repository.keep_batch, batch=batch))
 
     async def finish_calls(self, timeout: float) -> None:
         """Wait for plans and calls under way, at most ``timeout`` seconds."""
@@ -532,7 +546,7 @@ class Launcher:
             calls = await launch_repository.note_call(conn, batch)
             if not calls:
                 return
-        async with self._heartbeat(partial(launch_repository.keep_batch, batch=batch)):
+        async with self.holding(batch):
             await self._call(batch, cluster, first=calls == 1)
 
     async def _call(self, batch: BatchRow, cluster: ClusterFacts, *, first: bool) -> None:
@@ -569,7 +583,7 @@ class Launcher:
     ) -> None:
         """Apply one answer to a batch and all its slots in one transaction; a second answer changes nothing."""
         metrics.LAUNCH_CALLS.labels(reading.code or reading.meaning.value).inc()
-        moves = _Moves(self.runtime.db.now())
+        moves = Moves(self.runtime.db.now())
         async with self.runtime.db.system() as conn:
             locked = await launch_repository.lock_batch(conn, batch.id)
             if locked is None or locked[0].state not in ("calling", "unknown"):
@@ -587,7 +601,7 @@ class Launcher:
                 if event is None:
                     continue
                 row = intents[slot.intent_id]
-                moves.move(row, attempts[row.id], _intent(row, attempts[row.id]), event)
+                moves.move(row, attempts[row.id], intent_of(row, attempts[row.id]), event)
                 if isinstance(event, Refused) and event.code in answers.POOL_CODES and not signals:
                     signals.append((batch.region, slot.availability_zone, slot.instance_type, "refusal"))
             state, retry = _batch_after(reading, abandoned=abandoned)
@@ -635,19 +649,19 @@ async def apply_events(runtime: Runtime, events: Mapping[UUID, LaunchEvent]) -> 
     """One event per intent, committed together; returns how many moved."""
     if not events:
         return 0
-    moves = _Moves(runtime.db.now())
+    moves = Moves(runtime.db.now())
     async with runtime.db.system() as conn:
         rows = await launch_repository.lock_intents(conn, sorted(events))
         attempts = await launch_repository.attempts_of(conn, list(rows))
         for intent_id, row in rows.items():
-            moves.move(row, attempts[intent_id], _intent(row, attempts[intent_id]), events[intent_id])
+            moves.move(row, attempts[intent_id], intent_of(row, attempts[intent_id]), events[intent_id])
         await moves.save(conn)
     moves.report()
     await moves.ring(runtime)
     return len(moves.intents)
 
 
-class _Moves:
+class Moves:
     """Changes of intents and attempts in one transaction, and what to do once it is committed."""
 
     def __init__(self, now: datetime) -> None:
@@ -667,7 +681,7 @@ class _Moves:
         decided_by: str | None = None,
     ) -> Intent:
         after, commands = apply_launch(before, event)
-        stored = _intent(row, attempts)
+        stored = intent_of(row, attempts)
         if after == stored:
             return after
         next_action = self.now
@@ -771,7 +785,7 @@ def _batch_after(reading: Reading, *, abandoned: bool) -> tuple[str | None, floa
             return "unknown", RETRY_SECONDS
 
 
-def _intent(row: IntentRow, attempts: Sequence[AttemptRow]) -> Intent:
+def intent_of(row: IntentRow, attempts: Sequence[AttemptRow]) -> Intent:
     return Intent(
         IntentState(row.state),
         tuple(

@@ -53,6 +53,11 @@ LAUNCH_MISMATCHES = Counter(
 )
 LAUNCHED = Counter("cloudoptim_launch_instances_total", "Instances recorded, by how we learned of them", ["how"])
 TERMINATED = Counter("cloudoptim_launch_terminated_total", "Instances of ours ended, by reason", ["reason"])
+TROUBLED = Gauge(
+    "cloudoptim_instances_in_trouble",
+    "Instances of ours, by what people were told of: not to be ended, launched perhaps, never seen, adopted",
+    ["kind"],
+)
 ALARMS = Counter("cloudoptim_alarms_total", "Things a person should look at, by kind", ["kind"])
 
 RETURNS = Counter("cloudoptim_returns_to_spot_total", "Returns to Spot, by what became of them", ["status"])

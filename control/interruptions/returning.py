@@ -23,8 +23,10 @@ from control.gateways.aws import AwsError
 from control.interruptions import launch_repository, metrics, repository, return_repository
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Market, TypeFacts
+from control.interruptions.launch_repository import ClusterFacts
 from control.interruptions.launching import Launcher, apply_events, limits_of
-from control.interruptions.reconcilers.ending import claim_endings, terminate_ours
+from control.interruptions.reconcilers import refusals_repository
+from control.interruptions.reconcilers.ending import claim_endings, note_refused, terminate_ours
 from control.interruptions.reconcilers.repository import Place, adopt_only
 from control.interruptions.reconcilers.rounds import each_due
 from control.interruptions.return_repository import Plan
@@ -222,9 +224,20 @@ def _progress(plan: Plan) -> Progress:
 async def _terminate(launcher: Launcher, plan: Plan) -> None:
     runtime = launcher.runtime
     async with runtime.db.system() as conn:
-        if await adopt_only(conn, runtime.deployment_id):
+        if await adopt_only(conn, plan.customer_id):
+            return
+        if await refusals_repository.waiting(conn, plan.customer_id, [plan.instance_id]):
             return
         cluster = (await launch_repository.cluster_facts(conn, [plan.cluster_id]))[plan.cluster_id]
+    try:
+        await _end_old(launcher, plan, cluster)
+    except AwsError as error:
+        await note_refused(runtime, cluster, {plan.instance_id: error}, "return_to_spot")
+        raise
+
+
+async def _end_old(launcher: Launcher, plan: Plan, cluster: ClusterFacts) -> None:
+    runtime = launcher.runtime
     credentials = await launcher.credentials(cluster)
     instances: Mapping[str, Any] = await launcher.describe(cluster.region, credentials, [plan.instance_id])
     # EC2 forgets an instance about an hour after its end, and its node went long before.
@@ -232,7 +245,10 @@ async def _terminate(launcher: Launcher, plan: Plan) -> None:
     if not forgotten and not _ending(instances.get(plan.instance_id)):
         if not await claim_endings(runtime, plan.cluster_id):
             return
-        instances = await terminate_ours(launcher, cluster, credentials, [plan.instance_id], reason="return_to_spot")
+        ended = await terminate_ours(
+            launcher, cluster, credentials, [plan.instance_id], reason="return_to_spot", most=1
+        )
+        instances = ended.instances
     if not forgotten and not _ending(instances.get(plan.instance_id)):
         return
     async with runtime.db.system() as conn:

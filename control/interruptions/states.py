@@ -15,6 +15,8 @@ from enum import StrEnum
 MAX_ATTEMPTS = 6
 # A node that registers up to this late is still matched with its warning.
 UNMATCHED_FOR = timedelta(minutes=10)
+# Why an attempt is ended whose node did not become Ready in time.
+NEVER_READY = "never Ready"
 
 
 class IntentState(StrEnum):
@@ -244,13 +246,17 @@ def apply_launch(
             state = AttemptState.ADOPTED if adopted else AttemptState.LAUNCHED
             return replace(_change(intent, state, instance_id=instance_id), state=IntentState.LAUNCHED), []
         case NodeReady():
-            if current is None or current.state not in RUNNING:
+            if current is None or current.state not in RUNNING | {AttemptState.TERMINATING}:
                 return intent, []
-            return replace(_change(intent, AttemptState.READY), state=IntentState.READY), []
+            joined = _change(intent, AttemptState.READY)
+            if intent.state in LAUNCH_ENDED:
+                # Nobody waits for it any more, but pods may run there by now.
+                return joined, []
+            return replace(joined, state=IntentState.READY), []
         case NeverReady():
             if current is None or current.state not in RUNNING or current.instance_id is None:
                 return intent, []
-            ending = _change(intent, AttemptState.TERMINATING, failure="never Ready")
+            ending = _change(intent, AttemptState.TERMINATING, failure=NEVER_READY)
             return ending, [Terminate(current.instance_id), Alarm("a replacement never became Ready")]
         case InstanceEnded():
             if current is None or current.state not in RUNNING | UNANSWERED | {AttemptState.TERMINATING}:

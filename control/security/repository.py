@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from warehouse.postgres.models import ApiKey, Cluster, Customer, User, UserSession
 
-_LIVE_CUSTOMER = Customer.status.not_in(("suspended", "offboarded"))
+_LIVE_CUSTOMER = Customer.status.not_in(("suspended", "offboarding", "offboarded"))
 
 _USER_COLUMNS = (User.id, User.customer_id, User.email, User.role, User.disabled_at, User.created_at)
 _KEY_COLUMNS = (

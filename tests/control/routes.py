@@ -84,6 +84,9 @@ ROUTES: dict[tuple[str, str], Call] = {
     ("GET", "/customers/{customer_id}"): Call(READERS),
     ("PATCH", "/customers/{customer_id}"): Call(frozenset({PLATFORM}), False, body=lambda ids: {}),
     ("DELETE", "/customers/{customer_id}"): Call(frozenset({PLATFORM}), False),
+    ("POST", "/customers/{customer_id}/adopt-only/lift"): Call(
+        frozenset({PLATFORM}), False, body=lambda ids: {"reason": "compared"}
+    ),
     ("POST", "/customers/{customer_id}/verify"): Call(ADMINS),
     ("POST", "/customers/{customer_id}/kill-switch"): Call(ADMINS, body=lambda ids: SWITCH),
     ("GET", "/customers/{customer_id}/config"): Call(READERS),

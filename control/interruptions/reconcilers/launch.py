@@ -19,18 +19,30 @@ log = structlog.get_logger(__name__)
 INTERVAL_SECONDS = 2.0
 # Calls made at once; EC2's bucket for launches is small.
 LIMIT = 20
+# Calls of the rounds so far that were not answered yet.
+MOST_UNDER_WAY = 100
 _ALIVE = ("pending", "running", "stopping", "stopped")
 
 
 async def run_once(launcher: Launcher) -> int:
-    """Repeat or settle due batches; returns how many."""
+    """Repeat or settle due batches; returns how many.
+
+    An account that does not answer is waited for in the background: the others' calls go on in the next round.
+    """
     runtime = launcher.runtime
+    limit = min(LIMIT, MOST_UNDER_WAY - launcher.settling)
+    if limit <= 0:
+        return 0
     async with runtime.db.system() as conn:
-        batches = await launch_repository.claim_batches(conn, worker=runtime.worker, limit=LIMIT)
+        batches = await launch_repository.claim_batches(conn, worker=runtime.worker, limit=limit)
         if not batches:
             return 0
         clusters = await launch_repository.cluster_facts(conn, sorted({batch.cluster_id for batch in batches}))
-    await asyncio.gather(*(_settle(launcher, batch, clusters[batch.cluster_id]) for batch in batches))
+    begun = [
+        launcher.in_background(_settle(launcher, batch, clusters[batch.cluster_id]), f"settle {batch.id}")
+        for batch in batches
+    ]
+    await asyncio.wait(begun, timeout=INTERVAL_SECONDS)
     return len(batches)
 
 
@@ -43,9 +55,12 @@ async def _settle(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) ->
             await launcher.call(batch, cluster)
         return
     try:
-        adopted = await adopt(launcher, batch, cluster)
+        async with launcher.holding(batch):
+            adopted = await adopt(launcher, batch, cluster)
     except AwsError as error:
+        # Nobody can say whether it launched: the alarms tell that it may, and it is looked for again.
         log.warning("launch.adoption_failed", batch_id=str(batch.id), code=error.code)
+        await launcher.record(batch, Reading(Meaning.UNKNOWN, error.code, error.message[:500]))
         return
     if not adopted:
         await launcher.record(batch, Reading(Meaning.UNKNOWN, "Abandoned", "no answer for ten minutes"), abandoned=True)

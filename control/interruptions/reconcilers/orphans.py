@@ -17,8 +17,8 @@ from control.gateways.aws import AwsError, Credentials
 from control.interruptions import launch_repository, metrics
 from control.interruptions.launch_repository import ClusterFacts
 from control.interruptions.launching import Launcher, apply_events
-from control.interruptions.reconcilers import repository
-from control.interruptions.reconcilers.ending import allowed, claim_endings, terminate_ours
+from control.interruptions.reconcilers import refusals_repository, repository
+from control.interruptions.reconcilers.ending import allowed, claim_endings, note_refused, terminate_ours
 from control.interruptions.reconcilers.repository import Place
 from control.interruptions.reconcilers.rounds import each_due
 from control.interruptions.states import InstanceEnded
@@ -60,6 +60,8 @@ async def compare(launcher: Launcher, place: Place) -> int:
     credentials = await launcher.credentials(facts)
     instances = await _ours(launcher, place, credentials)
     if not instances:
+        async with runtime.db.system() as conn:
+            await refusals_repository.forget_orphans(conn, place.customer_id, place.region, except_for=[])
         return 0
     batch_ids = {batch for instance in instances.values() if (batch := _uuid(tags_of(instance).get(TAG_BATCH)))}
     async with runtime.db.system() as conn:
@@ -67,7 +69,7 @@ async def compare(launcher: Launcher, place: Place) -> int:
         batches = await repository.batch_states(conn, place.customer_id, sorted(batch_ids))
         adopted = await repository.adopted(conn, place.customer_id, sorted(instances))
         counts = await repository.node_counts(conn, place.customer_id)
-        adopt_only = await repository.adopt_only(conn, runtime.deployment_id)
+        adopt_only = await repository.adopt_only(conn, place.customer_id)
     await _ended_by_others(launcher, instances, attempts)
 
     now = runtime.db.now()
@@ -90,9 +92,13 @@ async def compare(launcher: Launcher, place: Place) -> int:
     if unknown:
         await _restored(launcher, place, unknown)
         return 0
-    if adopt_only:
+    async with runtime.db.system() as conn:
+        await refusals_repository.forget_orphans(conn, place.customer_id, place.region, except_for=unexplained)
+        waiting = await refusals_repository.waiting(conn, place.customer_id, unexplained)
+    due = [instance_id for instance_id in unexplained if instance_id not in waiting]
+    if adopt_only or not due:
         return 0
-    return await _end(launcher, facts, credentials, instances, unexplained, counts)
+    return await _end(launcher, facts, credentials, instances, due, counts)
 
 
 async def _ours(launcher: Launcher, place: Place, credentials: Credentials) -> dict[str, dict[str, Any]]:
@@ -142,7 +148,7 @@ async def _restored(launcher: Launcher, place: Place, instances: list[dict[str, 
     reason = f"{len(rows)} instances carry our tag and are in no row: the database is older than they are"
     async with runtime.db.system() as conn:
         await repository.adopt_instances(conn, rows)
-        new = await repository.set_adopt_only(conn, runtime.deployment_id, reason=reason)
+        new = await repository.set_adopt_only(conn, place.customer_id, reason=reason)
     if new:
         metrics.ALARMS.labels("adopt_only").inc()
     log.error(
@@ -172,8 +178,14 @@ async def _end(
             log.error("orphans.over_cap", cluster_id=str(cluster_id), orphans=len(group), ended_now=most)
         if not await claim_endings(launcher.runtime, cluster_id or facts.customer_id):
             continue
-        await terminate_ours(launcher, facts, credentials, group[:most], reason="orphan")
-        ended += len(group[:most])
+        try:
+            done = await terminate_ours(
+                launcher, facts, credentials, group, reason="orphan", most=most, cluster_id=cluster_id
+            )
+        except AwsError as error:
+            await note_refused(launcher.runtime, facts, dict.fromkeys(group, error), "orphan", cluster_id=cluster_id)
+            raise
+        ended += sum(done.instances[name]["State"]["Name"] in _DEAD for name in group if name in done.instances)
     return ended
 
 

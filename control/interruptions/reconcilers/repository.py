@@ -179,22 +179,21 @@ async def node_counts(conn: AsyncConnection, customer_id: UUID) -> dict[UUID, in
     return {row.cluster_id: row.nodes for row in result}
 
 
-_ADOPT_ONLY = text("SELECT adopt_only FROM deployments WHERE deployment_id = :deployment_id")
+_ADOPT_ONLY = text("SELECT adopt_only_since IS NOT NULL AS adopt_only FROM customers WHERE id = :customer_id")
 _SET_ADOPT_ONLY = text("""
-    INSERT INTO deployments (deployment_id, adopt_only, reason) VALUES (:deployment_id, true, :reason)
-    ON CONFLICT (deployment_id) DO UPDATE SET adopt_only = true, reason = excluded.reason, updated_at = now()
-    WHERE NOT deployments.adopt_only
+    UPDATE customers SET adopt_only_since = now(), adopt_only_reason = :reason
+    WHERE id = :customer_id AND adopt_only_since IS NULL
 """)
 
 
-async def adopt_only(conn: AsyncConnection, deployment_id: str) -> bool:
-    """Whether nothing may be terminated until an operator says so."""
-    return bool((await conn.execute(_ADOPT_ONLY, {"deployment_id": deployment_id})).scalar_one_or_none())
+async def adopt_only(conn: AsyncConnection, customer_id: UUID) -> bool:
+    """Whether nothing of a customer may be terminated until a person says so."""
+    return bool((await conn.execute(_ADOPT_ONLY, {"customer_id": customer_id})).scalar_one_or_none())
 
 
-async def set_adopt_only(conn: AsyncConnection, deployment_id: str, *, reason: str) -> bool:
-    """Stop all terminations; True when they were not stopped before."""
-    result = await conn.execute(_SET_ADOPT_ONLY, {"deployment_id": deployment_id, "reason": reason})
+async def set_adopt_only(conn: AsyncConnection, customer_id: UUID, *, reason: str) -> bool:
+    """Stop a customer's terminations; True when they were not stopped before."""
+    result = await conn.execute(_SET_ADOPT_ONLY, {"customer_id": customer_id, "reason": reason})
     return result.rowcount > 0
 
 

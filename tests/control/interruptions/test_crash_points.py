@@ -529,6 +529,8 @@ async def test_a_role_that_is_gone_after_the_launch(stage: Stage) -> None:
     stage.aws.revoke_role(stage.tenant.account_id, revoked=False)
     for worker in stage.workers:
         kill(worker)
+    # The poll of the next minute finds that the role is back.
+    await stage.pass_rounds()
     stage.nodes_join = True
     stage.start_worker()
     await all_handled(stage)

@@ -657,7 +657,7 @@ async def test_an_old_dump_restored(clean_redis_url: str, tmp_path: Path, server
             for instance_id in call["params"].get("InstanceId", [])
         }
         alive = {i.instance_id for i in stage.aws.instances(states=("pending", "running"))}
-        only = await stage.tenant.row("SELECT adopt_only FROM deployments")
+        only = await stage.tenant.row("SELECT adopt_only_since FROM customers WHERE id = :customer_id")
         again_launched = len({i.instance_id for i in stage.ours()} - since)
         say(
             "dump restored",
@@ -667,12 +667,12 @@ async def test_an_old_dump_restored(clean_redis_url: str, tmp_path: Path, server
             adopted_after_s=round(took, 1),
             healthy_terminated=len(healthy - alive) + len(terminated),
             launched_again=again_launched,
-            adopt_only=only.adopt_only,
+            adopt_only=only.adopt_only_since is not None,
         )
         assert len(missing) >= 20
         assert healthy <= alive
         assert terminated == set()
-        assert only.adopt_only
+        assert only.adopt_only_since is not None
         assert took <= 300
         assert again_launched == 0
         assert [worker.poll() for worker in workers] == [None, None]

@@ -255,8 +255,9 @@ async def test_a_restored_database_adopts_and_ends_nothing(stage: Stage, launche
     assert await orphans.run_once(launcher) == 0
     adopted = await stage.tenant.row("SELECT * FROM adopted_instances")
     assert (adopted.instance_id, adopted.cluster_id) == (lost, stage.tenant.cluster_id)
-    deployment = await stage.tenant.row("SELECT * FROM deployments")
-    assert (deployment.deployment_id, deployment.adopt_only) == (DEPLOYMENT, True)
+    customer = await stage.tenant.row("SELECT * FROM customers WHERE id = :customer_id")
+    assert customer.adopt_only_since is not None
+    assert "the database is older" in customer.adopt_only_reason
 
     (instance,) = await stage.launch_nodes()
     await _warn(stage, instance)

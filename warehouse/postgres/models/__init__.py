@@ -6,7 +6,6 @@ from warehouse.postgres.models.customers import Customer, CustomerConfig, Intake
 from warehouse.postgres.models.gaps import DataGap, GapFill, PartitionCoverage
 from warehouse.postgres.models.interruptions import (
     AdoptedInstance,
-    Deployment,
     InboxMessage,
     Interruption,
     InterruptionHistory,
@@ -16,6 +15,7 @@ from warehouse.postgres.models.interruptions import (
     LaunchTemplate,
     LifecycleAction,
     PoolStanding,
+    RefusedEnding,
     RoundClaim,
     SpotEventRecord,
 )
@@ -39,7 +39,6 @@ __all__ = [
     "Customer",
     "CustomerConfig",
     "DataGap",
-    "Deployment",
     "DirtyPartition",
     "GapFill",
     "InboxMessage",
@@ -65,6 +64,7 @@ __all__ = [
     "PlanStep",
     "PoolStanding",
     "PredictionRecord",
+    "RefusedEnding",
     "RoundClaim",
     "SavingsStatement",
     "SpotEventRecord",

@@ -14,12 +14,19 @@ from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, new_id, on
 
 
 class Customer(HasId, HasCreatedAt, Base):
-    """A tenant. ``external_id`` is made by the server and never changes (confused-deputy protection)."""
+    """A tenant. ``external_id`` is made by the server and never changes (confused-deputy protection).
+
+    ``offboarding``: nothing new is begun, and the role is kept until what is in flight has ended. ``adopt_only_since``:
+    its account has launches that the database never heard of (it was restored), so nothing of this customer is
+    terminated until a person lifts it.
+    """
 
     __tablename__ = "customers"
     __table_args__ = (
         UniqueConstraint("aws_account_id"),
-        CheckConstraint(one_of("status", "pending", "active", "degraded", "suspended", "offboarded"), name="status"),
+        CheckConstraint(
+            one_of("status", "pending", "active", "degraded", "suspended", "offboarding", "offboarded"), name="status"
+        ),
     )
 
     company_name: Mapped[str]
@@ -31,6 +38,8 @@ class Customer(HasId, HasCreatedAt, Base):
     status: Mapped[str] = mapped_column(server_default="pending")
     kill_switch: Mapped[bool] = mapped_column(server_default="false")
     data_key: Mapped[bytes | None] = mapped_column(LargeBinary)
+    adopt_only_since: Mapped[datetime | None]
+    adopt_only_reason: Mapped[str | None]
 
 
 class CustomerConfig(Base):

@@ -246,16 +246,28 @@ class PoolStanding(Base):
     last_reason: Mapped[str | None]
 
 
-class Deployment(Base):
-    """The mark of this database's history. ``adopt_only``: instances newer than the database may exist (it was
-    restored), so nothing is terminated until an operator lifts it."""
+class RefusedEnding(Base):
+    """An instance of ours that is to end and that EC2, or the account, would not end; it bills meanwhile.
 
-    __tablename__ = "deployments"
+    ``lasting``: AWS said no, and will until a person changes something. Asked again at ``next_at``.
+    """
 
-    deployment_id: Mapped[str] = mapped_column(primary_key=True)
-    adopt_only: Mapped[bool] = mapped_column(server_default="false")
-    reason: Mapped[str | None]
-    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __tablename__ = "refused_endings"
+    __table_args__ = (CheckConstraint(one_of("why", "replacement", "orphan", "return_to_spot"), name="why"),)
+
+    customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
+    instance_id: Mapped[str] = mapped_column(primary_key=True)
+    cluster_id: Mapped[UUID | None]
+    region: Mapped[str]
+    why: Mapped[str]
+    operation: Mapped[str]
+    code: Mapped[str]
+    message: Mapped[str]
+    lasting: Mapped[bool]
+    tries: Mapped[int] = mapped_column(server_default="1")
+    first_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    last_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    next_at: Mapped[datetime]
 
 
 class RoundClaim(Base):

@@ -1,0 +1,322 @@
+"""What is to end and cannot be ended, found or seen: told with instance ids, ended later, and in nobody's way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from typer.testing import CliRunner
+
+from control.cli import app
+from control.interruptions.launching import Launcher
+from control.interruptions.reconcilers import alarms, leaving, never_ready, orphans
+from control.interruptions.reconcilers import launch as launch_reconciler
+from control.interruptions.reconcilers.ending import Ending
+from control.interruptions.service import Received, ingest
+from control.sandbox.aws.faults import Fault
+from control.settings import get_settings
+from tests.control.api import Api, serving, settings_for
+from tests.control.interruptions.harness import Stage
+from warehouse.contracts import EventSource
+
+OVER = ("shutting-down", "terminated")
+
+
+@pytest.fixture
+async def api(stage: Stage) -> AsyncIterator[Api]:
+    """The API over the stage's database and AWS."""
+    async with serving(settings_for(stage.database_url, stage.redis_url, AWS_ENDPOINT_URL=stage.aws.url)) as running:
+        yield running
+
+
+async def _launched(stage: Stage, launcher: Launcher, count: int = 1, *, fault: Fault | None = None) -> list[str]:
+    """Instances launched in the place of interrupted ones, which have not joined."""
+    stage.join_seconds = 3600
+    for instance in await stage.launch_nodes(count):
+        warning = json.dumps(stage.tenant.warning(instance))
+        await ingest(stage.db, await stage.tenant.facts(), [Received(warning, EventSource.SQS)])
+    if fault is not None:
+        stage.aws.inject(fault)
+    await launcher.plan_round()
+    await launcher.finish_calls(10)
+    rows = await stage.tenant.rows("SELECT instance_id FROM launch_attempts ORDER BY id")
+    return [row.instance_id for row in rows if row.instance_id]
+
+
+async def _never_ready(stage: Stage, launcher: Launcher, count: int = 1) -> list[str]:
+    found = await _launched(stage, launcher, count)
+    await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
+    assert await never_ready.run_once(launcher.runtime) == count
+    return found
+
+
+async def _health(stage: Stage, detector: str) -> Any:
+    return await stage.tenant.row(
+        "SELECT h.*, m.status FROM intake_health h JOIN customers m ON m.id = h.customer_id "
+        "WHERE h.detector = :d AND m.id = :customer_id",
+        d=detector,
+    )
+
+
+async def _attempt(stage: Stage, instance_id: str) -> Any:
+    return await stage.tenant.row(
+        "SELECT a.*, l.state AS intent FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id "
+        "WHERE a.instance_id = :i",
+        i=instance_id,
+    )
+
+
+def _protect(stage: Stage, instance_id: str) -> None:
+    stage.aws.inject(
+        Fault(
+            "error",
+            action="TerminateInstances",
+            match={"InstanceId": instance_id},
+            code="OperationNotPermitted",
+            message="The instance may not be terminated. Modify its 'disableApiTermination' instance attribute",
+            status=400,
+            count=None,
+        )
+    )
+
+
+async def test_a_protected_instance_is_told_and_holds_up_no_other(stage: Stage, launcher: Launcher) -> None:
+    protected, *others = await _never_ready(stage, launcher, 3)
+    _protect(stage, protected)
+    ending = Ending(launcher)
+    for _ in others:
+        await stage.pass_rounds()
+        assert await ending.run_once() == 1
+    assert [stage.state_of(instance) in OVER for instance in (protected, *others)] == [False, True, True]
+    assert await alarms.run_once(launcher.runtime) == 1
+    told = await _health(stage, "ending")
+    assert (told.state, told.status) == ("degraded", "degraded")
+    for word in (protected, "OperationNotPermitted", "USD/h"):
+        assert word in told.reason
+    assert "protection" in told.remedy
+    assert await alarms.run_once(launcher.runtime) == 0, "said once"
+
+    await stage.pass_rounds()
+    calls = len(stage.calls("TerminateInstances"))
+    assert await ending.run_once() == 0
+    assert len(stage.calls("TerminateInstances")) == calls, "EC2 is not asked every five seconds"
+    stage.aws.clear_faults()
+    await stage.tenant.rows("UPDATE refused_endings SET next_at = now() RETURNING 1")
+    assert await ending.run_once() == 1
+    await alarms.run_once(launcher.runtime)
+    told = await _health(stage, "ending")
+    assert (told.state, told.reason, told.status) == ("ok", None, "active")
+
+
+async def test_a_protected_orphan_holds_up_no_other(stage: Stage, launcher: Launcher) -> None:
+    orphaned = sorted(await _launched(stage, launcher, 3))
+    await stage.tenant.rows("UPDATE launch_attempts SET state = 'abandoned' RETURNING 1")
+    for instance in stage.aws._instances.by_id.values():
+        instance.launched_at -= 3600
+    _protect(stage, orphaned[0])
+    for _ in orphaned[1:]:
+        await stage.pass_rounds()
+        assert await orphans.run_once(launcher) == 1
+    assert [stage.state_of(instance) in OVER for instance in orphaned] == [False, True, True]
+    await alarms.run_once(launcher.runtime)
+    assert orphaned[0] in (await _health(stage, "ending")).reason
+
+
+async def test_a_node_that_became_ready_after_all_is_kept(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await _never_ready(stage, launcher)
+    await stage.tenant.node(instance)
+    assert await Ending(launcher).run_once() == 0
+    attempt = await _attempt(stage, instance)
+    assert (attempt.state, attempt.intent, stage.state_of(instance)) == ("ready", "ready", "running")
+    assert stage.calls("TerminateInstances") == []
+
+
+async def test_while_its_agent_is_away_a_replacement_is_told_and_not_ended(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await _launched(stage, launcher)
+    await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
+    away = "UPDATE clusters SET last_seen_at = now() - interval '12 minutes' RETURNING 1"
+    await stage.tenant.rows(away)
+    assert await never_ready.run_once(launcher.runtime) == 0
+    await alarms.run_once(launcher.runtime)
+    told = await _health(stage, "never_ready")
+    assert (told.state, told.status) == ("degraded", "degraded")
+    for word in (instance, "USD/h", "last heard"):
+        assert word in told.reason
+    assert "agent" in told.remedy
+
+    # Heard for a moment, and away again before the call: nobody knows whether it is Ready by now.
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
+    assert await never_ready.run_once(launcher.runtime) == 1
+    await stage.tenant.rows(away)
+    assert await Ending(launcher).run_once() == 0
+    assert stage.state_of(instance) == "running"
+    await alarms.run_once(launcher.runtime)
+    assert (await _health(stage, "never_ready")).state == "degraded"
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
+    assert await Ending(launcher).run_once() == 1
+    await alarms.run_once(launcher.runtime)
+    told = await _health(stage, "never_ready")
+    assert (told.state, told.status) == ("ok", "active")
+
+
+async def test_a_launch_nobody_can_ask_about_any_more_is_told_until_the_role_is_back(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await _launched(stage, launcher, fault=Fault("drop_after", action="RunInstances", count=None))
+    (instance,) = stage.ours()
+    stage.aws.revoke_role(stage.tenant.account_id)
+    stage.aws.expire_credentials(stage.tenant.account_id)
+    await stage.tenant.rows(
+        "UPDATE launch_batches SET next_action_at = now(), first_called_at = now() - interval '11 minutes' RETURNING 1"
+    )
+    await launch_reconciler.run_once(launcher)
+    batch = await stage.tenant.row("SELECT * FROM launch_batches")
+    assert (batch.state, batch.lease_until) == ("unknown", None)
+    await alarms.run_once(launcher.runtime)
+    told = await _health(stage, "launches")
+    assert (told.state, told.status) == ("degraded", "degraded")
+    assert f"cloudoptim:batch={batch.id}" in told.reason
+    assert batch.error_code in told.reason
+
+    stage.aws.revoke_role(stage.tenant.account_id, revoked=False)
+    launcher.runtime.aws._sessions.clear()
+    await stage.pass_leases()
+    await launch_reconciler.run_once(launcher)
+    assert (await _attempt(stage, instance.instance_id)).state == "adopted"
+    await alarms.run_once(launcher.runtime)
+    told = await _health(stage, "launches")
+    assert (told.state, told.status) == ("ok", "active")
+
+
+# --- off-boarding
+
+
+async def test_off_boarding_ends_what_is_in_flight_before_it_gives_up_the_role(
+    stage: Stage, launcher: Launcher, api: Api
+) -> None:
+    await _launched(stage, launcher, fault=Fault("drop_after", action="RunInstances"))
+    (instance,) = stage.ours()
+    path = f"/customers/{stage.tenant.customer_id}"
+    answer = await api.call("DELETE", path)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["in_flight"]["unanswered_launches"] == 1
+    secrets = await stage.tenant.row("SELECT data_key, status, aws_role_arn FROM customers WHERE id = :customer_id")
+    assert (secrets.data_key, secrets.status) == (None, "offboarding")
+    assert secrets.aws_role_arn is not None
+
+    await leaving.run_once(launcher.runtime)
+    await stage.pass_leases()
+    await launch_reconciler.run_once(launcher)
+    shown = await api.ok("GET", path)
+    assert (shown["status"], shown["in_flight"]["instances"]) == ("offboarding", [instance.instance_id])
+    attempt = await _attempt(stage, instance.instance_id)
+    assert (attempt.state, attempt.intent) == ("terminating", "cancelled")
+    assert attempt.launched_at is not None, "it bills from then on"
+    assert await Ending(launcher).run_once() == 1
+    assert await leaving.run_once(launcher.runtime) == 1
+    assert stage.state_of(instance.instance_id) in OVER
+    assert (await api.call("GET", path)).status_code == 404
+    gone = await stage.tenant.row("SELECT status, aws_role_arn FROM customers WHERE id = :customer_id")
+    assert (gone.status, gone.aws_role_arn) == ("offboarded", None)
+
+
+async def test_what_cannot_be_ended_because_the_role_is_gone_is_told_and_can_be_left_behind(
+    stage: Stage, launcher: Launcher, api: Api
+) -> None:
+    (instance,) = await _launched(stage, launcher)
+    path = f"/customers/{stage.tenant.customer_id}"
+    stage.aws.revoke_role(stage.tenant.account_id)
+    stage.aws.expire_credentials(stage.tenant.account_id)
+    launcher.runtime.aws._sessions.clear()
+    assert (await api.call("DELETE", path)).status_code == 202
+    assert await leaving.run_once(launcher.runtime) == 1
+    assert await Ending(launcher).run_once() == 0
+    await alarms.run_once(launcher.runtime)
+    shown = await api.ok("GET", path)
+    (told,) = [one for one in shown["intake"] if one["detector"] == "ending"]
+    assert told["state"] == "degraded"
+    assert instance in told["reason"]
+    assert "AssumeRole" in told["reason"]
+    assert "verify" in told["remedy"]
+    assert await Ending(launcher).run_once() == 0
+    asked = len(stage.aws.history(action="AssumeRole"))
+    assert (await api.call("DELETE", path)).status_code == 202
+    await Ending(launcher).run_once()
+    assert len(stage.aws.history(action="AssumeRole")) > asked, "asked again at once"
+
+    assert (await api.call("DELETE", path, params={"leave_behind": True})).status_code == 204
+    left = await stage.tenant.row(
+        "SELECT detail FROM audit_log WHERE customer_id = :customer_id AND action = 'customer.offboarded'"
+    )
+    assert left.detail["left_behind"]["instances"] == [instance]
+    attempt = await _attempt(stage, instance)
+    assert (attempt.state, "off-boarded" in attempt.failure) == ("abandoned", True)
+
+
+async def test_a_deleted_clusters_replacement_that_never_joined_is_ended(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await _launched(stage, launcher)
+    async with stage.db.system() as conn:
+        await conn.execute(
+            text("UPDATE clusters SET status = 'deleted' WHERE id = :id"), {"id": stage.tenant.cluster_id}
+        )
+    assert await leaving.run_once(launcher.runtime) == 1
+    assert await Ending(launcher).run_once() == 1
+    assert stage.state_of(instance) in OVER
+
+
+# --- restored from a backup
+
+
+async def test_adopt_only_is_one_customers_and_lifted_by_a_person(
+    stage: Stage, launcher: Launcher, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lost,) = await _launched(stage, launcher)
+    await stage.tenant.rows("DELETE FROM launch_attempts RETURNING 1")
+    await stage.tenant.rows("DELETE FROM launch_batches RETURNING 1")
+    await stage.tenant.rows("DELETE FROM launch_intents RETURNING 1")
+    for instance in stage.aws._instances.by_id.values():
+        instance.launched_at -= 3600
+    other = await stage.add_customer()
+    assert await orphans.run_once(launcher) == 0
+    await alarms.run_once(launcher.runtime)
+    path = f"/customers/{stage.tenant.customer_id}"
+    shown = await api.ok("GET", path)
+    assert shown["adopt_only"]["instances"] == [lost]
+    assert "database is older" in shown["adopt_only"]["reason"]
+    (told,) = [one for one in shown["intake"] if one["detector"] == "adopt_only"]
+    assert told["state"] == "degraded"
+    assert "adopt-only" in told["remedy"]
+    assert (await api.ok("GET", f"/customers/{other.customer_id}"))["adopt_only"] is None
+
+    (ending,) = await _never_ready(stage, launcher)
+    assert await Ending(launcher).run_once() == 0
+    for name, value in {"DATABASE_URL": stage.database_url, "REDIS_URL": stage.redis_url}.items():
+        monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    listed = await _command("adopt-only")
+    assert str(stage.tenant.customer_id) in listed
+    assert lost in listed
+    assert (await api.call("POST", f"{path}/adopt-only/lift", json={"reason": "compared with EC2"})).is_success
+    assert (await api.call("POST", f"{path}/adopt-only/lift", json={"reason": "again"})).status_code == 409
+    assert "Nothing is held back" in await _command("adopt-only")
+    get_settings.cache_clear()
+    audit = await stage.tenant.row("SELECT detail FROM audit_log WHERE action = 'customer.adopt_only_lifted'")
+    assert (audit.detail["reason"], audit.detail["adopted"]) == ("compared with EC2", [lost])
+
+    await stage.pass_rounds()
+    assert await Ending(launcher).run_once() == 1
+    assert stage.state_of(ending) in OVER
+    await orphans.run_once(launcher)
+    assert stage.state_of(lost) == "running", "what was adopted stays"
+    await alarms.run_once(launcher.runtime)
+    assert (await _health(stage, "adopt_only")).state == "ok"
+
+
+async def _command(*arguments: str) -> str:
+    result = await asyncio.to_thread(CliRunner().invoke, app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
