@@ -7,6 +7,9 @@ from typing import Any
 from uuid import UUID
 
 MANAGED_TAG = "cloudoptim:managed"
+# EventBridge's own limit per destination, and how long it tries before an event goes to the queue instead.
+PUSHES_PER_SECOND = 300
+PUSHED_FOR_SECONDS = 900
 
 # EventBridge patterns of every event the intake understands (source, detail-type).
 EVENT_PATTERNS: tuple[tuple[str, str], ...] = (
@@ -115,6 +118,102 @@ def iam_policy(account_id: str | None, queue_name: str, deployment_id: str) -> d
     }
 
 
+def _push() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Parameters, conditions and resources of the second way: the same events by HTTPS, for as long as both are given.
+    What cannot be delivered within a quarter of an hour goes to the queue."""
+    parameters = {
+        "PushUrl": {
+            "Type": "String",
+            "Default": "",
+            "Description": "Optional: https://<server>/api/v1/events/aws, to push events as well.",
+        },
+        "PushKey": {
+            "Type": "String",
+            "Default": "",
+            "NoEcho": True,
+            "Description": "With PushUrl: an API key of the role event_pusher (POST /api/v1/api-keys).",
+        },
+    }
+    conditions = {"Push": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PushUrl"}, ""]}]}}
+    resources = {
+        "PushConnection": {
+            "Type": "AWS::Events::Connection",
+            "Condition": "Push",
+            "Properties": {
+                "AuthorizationType": "API_KEY",
+                "AuthParameters": {
+                    "ApiKeyAuthParameters": {"ApiKeyName": "X-API-Key", "ApiKeyValue": {"Ref": "PushKey"}}
+                },
+            },
+        },
+        "PushDestination": {
+            "Type": "AWS::Events::ApiDestination",
+            "Condition": "Push",
+            "Properties": {
+                "ConnectionArn": {"Fn::GetAtt": ["PushConnection", "Arn"]},
+                "InvocationEndpoint": {"Ref": "PushUrl"},
+                "HttpMethod": "POST",
+                "InvocationRateLimitPerSecond": PUSHES_PER_SECOND,
+            },
+        },
+        "PushRole": {
+            "Type": "AWS::IAM::Role",
+            "Condition": "Push",
+            "Properties": {
+                "AssumeRolePolicyDocument": {
+                    "Version": "2012-10-17",
+                    "Statement": [
+                        {
+                            "Effect": "Allow",
+                            "Principal": {"Service": "events.amazonaws.com"},
+                            "Action": "sts:AssumeRole",
+                        }
+                    ],
+                },
+                "Policies": [
+                    {
+                        "PolicyName": "push",
+                        "PolicyDocument": {
+                            "Version": "2012-10-17",
+                            "Statement": [
+                                {
+                                    "Effect": "Allow",
+                                    "Action": "events:InvokeApiDestination",
+                                    "Resource": {"Fn::GetAtt": ["PushDestination", "Arn"]},
+                                }
+                            ],
+                        },
+                    }
+                ],
+            },
+        },
+        "PushRule": {
+            "Type": "AWS::Events::Rule",
+            "Condition": "Push",
+            "Properties": {
+                "EventPattern": _pattern_of_all(),
+                "Targets": [
+                    {
+                        "Id": "cloudoptim-push",
+                        "Arn": {"Fn::GetAtt": ["PushDestination", "Arn"]},
+                        "RoleArn": {"Fn::GetAtt": ["PushRole", "Arn"]},
+                        "RetryPolicy": {"MaximumEventAgeInSeconds": PUSHED_FOR_SECONDS, "MaximumRetryAttempts": 185},
+                        "DeadLetterConfig": {"Arn": {"Fn::GetAtt": ["Queue", "Arn"]}},
+                    }
+                ],
+            },
+        },
+    }
+    return parameters, conditions, resources
+
+
+def _pattern_of_all() -> dict[str, list[str]]:
+    return {
+        "source": sorted({source for source, _ in EVENT_PATTERNS}),
+        "detail-type": [detail_type for _, detail_type in EVENT_PATTERNS],
+    }
+
+
 def cloudformation(trust: dict[str, Any], permissions: dict[str, Any], queue_name: str) -> str:
     """A stack with role, queue, queue policy and rules (JSON, which CloudFormation reads as well as YAML)."""
     rules = {
@@ -127,9 +226,12 @@ def cloudformation(trust: dict[str, Any], permissions: dict[str, Any], queue_nam
         }
         for number, (source, detail_type) in enumerate(EVENT_PATTERNS, 1)
     }
+    parameters, conditions, push = _push()
     template = {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "CloudOptim: role, queue and event rules. Apply in every region with clusters.",
+        "Parameters": parameters,
+        "Conditions": conditions,
         "Resources": {
             "Role": {
                 "Type": "AWS::IAM::Role",
@@ -168,6 +270,7 @@ def cloudformation(trust: dict[str, Any], permissions: dict[str, Any], queue_nam
                 },
             },
             **rules,
+            **push,
         },
         "Outputs": {
             "RoleArn": {"Value": {"Fn::GetAtt": ["Role", "Arn"]}},
@@ -183,7 +286,21 @@ def terraform(trust: dict[str, Any], permissions: dict[str, Any], queue_name: st
         f'  "{number}" = {{ source = "{source}", detail_type = "{detail_type}" }}'
         for number, (source, detail_type) in enumerate(EVENT_PATTERNS, 1)
     )
+    every = json.dumps(_pattern_of_all())
     return f"""data "aws_caller_identity" "this" {{}}
+
+# Optional: push the same events by HTTPS as well, with an API key of the role event_pusher.
+variable "push_url" {{
+  type        = string
+  default     = ""
+  description = "https://<server>/api/v1/events/aws"
+}}
+
+variable "push_key" {{
+  type      = string
+  default   = ""
+  sensitive = true
+}}
 
 locals {{
   events = {{
@@ -238,6 +355,71 @@ resource "aws_cloudwatch_event_target" "cloudoptim" {{
   for_each = local.events
   rule     = aws_cloudwatch_event_rule.cloudoptim[each.key].name
   arn      = aws_sqs_queue.cloudoptim.arn
+}}
+
+resource "aws_cloudwatch_event_connection" "push" {{
+  count              = var.push_url == "" ? 0 : 1
+  name               = "cloudoptim-push"
+  authorization_type = "API_KEY"
+  auth_parameters {{
+    api_key {{
+      key   = "X-API-Key"
+      value = var.push_key
+    }}
+  }}
+}}
+
+resource "aws_cloudwatch_event_api_destination" "push" {{
+  count                            = var.push_url == "" ? 0 : 1
+  name                             = "cloudoptim-push"
+  connection_arn                   = aws_cloudwatch_event_connection.push[0].arn
+  invocation_endpoint              = var.push_url
+  http_method                      = "POST"
+  invocation_rate_limit_per_second = {PUSHES_PER_SECOND}
+}}
+
+resource "aws_iam_role" "push" {{
+  count = var.push_url == "" ? 0 : 1
+  name  = "cloudoptim-push"
+  assume_role_policy = jsonencode({{
+    Version = "2012-10-17"
+    Statement = [{{ Effect = "Allow", Principal = {{ Service = "events.amazonaws.com" }}, Action = "sts:AssumeRole" }}]
+  }})
+}}
+
+resource "aws_iam_role_policy" "push" {{
+  count = var.push_url == "" ? 0 : 1
+  name  = "push"
+  role  = aws_iam_role.push[0].id
+  policy = jsonencode({{
+    Version = "2012-10-17"
+    Statement = [{{
+      Effect   = "Allow"
+      Action   = "events:InvokeApiDestination"
+      Resource = aws_cloudwatch_event_api_destination.push[0].arn
+    }}]
+  }})
+}}
+
+resource "aws_cloudwatch_event_rule" "push" {{
+  count         = var.push_url == "" ? 0 : 1
+  name          = "cloudoptim-push"
+  event_pattern = <<-JSON
+  {every}
+  JSON
+}}
+
+# What cannot be delivered goes to the queue.
+resource "aws_cloudwatch_event_target" "push" {{
+  count    = var.push_url == "" ? 0 : 1
+  rule     = aws_cloudwatch_event_rule.push[0].name
+  arn      = aws_cloudwatch_event_api_destination.push[0].arn
+  role_arn = aws_iam_role.push[0].arn
+  retry_policy {{
+    maximum_event_age_in_seconds = {PUSHED_FOR_SECONDS}
+    maximum_retry_attempts       = 185
+  }}
+  dead_letter_config {{ arn = aws_sqs_queue.cloudoptim.arn }}
 }}
 
 output "role_arn" {{ value = aws_iam_role.cloudoptim.arn }}

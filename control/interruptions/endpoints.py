@@ -22,13 +22,14 @@ from control.interruptions.schemas import (
     ReplayMany,
     Returns,
 )
-from control.security.access import CUSTOMER_ADMINS, READERS, require
+from control.security.access import CUSTOMER_ADMINS, PUSHERS, READERS, require
 from control.security.principal import Principal
 
 router = APIRouter(tags=["interruptions"])
 
 Reader = Annotated[Principal, Depends(require(*READERS))]
 Admin = Annotated[Principal, Depends(require(*CUSTOMER_ADMINS))]
+Pusher = Annotated[Principal, Depends(require(*PUSHERS))]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -119,7 +120,8 @@ async def replay(message_id: str, principal: Admin, context: Context) -> Replaye
 
 
 @router.post("/events/aws", status_code=202)
-async def push_event(request: Request, principal: Admin, context: Context) -> Pushed:
-    """One EventBridge event from an API destination: the same intake as the customer's queue. Deliver it again until
+async def push_event(request: Request, principal: Pusher, context: Context) -> Pushed:
+    """One EventBridge event from an API destination: the same intake as the customer's queue. A key of the role
+    `event_pusher` may do this and nothing else. Deliver it again until
     the answer is 2xx; a second delivery changes nothing."""
     return Pushed(outcome=await views.push(context.intake_db, context.bells, principal, await request.body()))

@@ -11,13 +11,15 @@ from warehouse.postgres.session import Database
 
 
 class Role(StrEnum):
-    """What a key or a person may do. ``agent`` is bound to one cluster."""
+    """What a key or a person may do. ``agent`` is bound to one cluster; ``event_pusher`` may hand in its customer's
+    events and nothing else, because it is kept in an EventBridge connection."""
 
     PLATFORM_ADMIN = "platform_admin"
     CUSTOMER_ADMIN = "customer_admin"
     ANALYST = "analyst"
     ML_SERVER = "ml_server"
     AGENT = "agent"
+    EVENT_PUSHER = "event_pusher"
 
 
 # Roles that may belong to no customer and then see all of them.

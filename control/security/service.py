@@ -22,7 +22,7 @@ from warehouse.postgres.models import new_id
 # What a role may hand out: never more than it has.
 GRANTABLE: dict[Role, frozenset[Role]] = {
     Role.PLATFORM_ADMIN: frozenset(Role),
-    Role.CUSTOMER_ADMIN: frozenset({Role.CUSTOMER_ADMIN, Role.ANALYST, Role.AGENT}),
+    Role.CUSTOMER_ADMIN: frozenset({Role.CUSTOMER_ADMIN, Role.ANALYST, Role.AGENT, Role.EVENT_PUSHER}),
 }
 
 

@@ -13,6 +13,7 @@ from uuid import uuid4
 from tests.control.api import Tenant, batch
 
 PLATFORM, CUSTOMER, ANALYST, ML, AGENT = "platform_admin", "customer_admin", "analyst", "ml_server", "agent"
+PUSHER = "event_pusher"
 READERS = frozenset({PLATFORM, CUSTOMER, ANALYST})
 ADMINS = frozenset({PLATFORM, CUSTOMER})
 AGENTS = frozenset({AGENT})
@@ -120,7 +121,7 @@ ROUTES: dict[tuple[str, str], Call] = {
     ("GET", "/quarantine/{message_id}"): Call(READERS, path=lambda ids: ids.message),
     ("POST", "/quarantine/replay"): Call(ADMINS, body=lambda ids: {"reason": "not_json"} | _customer(ids)),
     ("POST", "/quarantine/{message_id}/replay"): Call(ADMINS, path=lambda ids: ids.message),
-    ("POST", "/events/aws"): Call(ADMINS, False, body=lambda ids: {}),
+    ("POST", "/events/aws"): Call(ADMINS | {PUSHER}, False, body=lambda ids: {}),
     ("GET", "/admin/gap-filler/gaps"): Call(frozenset({PLATFORM}), False),
     ("POST", "/admin/gap-filler/fill"): Call(
         frozenset({PLATFORM}), False, body=lambda ids: {"table_name": "spot_prices", "partitions": []}

@@ -13,11 +13,11 @@ from sqlalchemy import text
 from control.agents.repository import NewTask, create_tasks
 from control.interruptions.views import message_id
 from tests.control.api import ADMIN_KEY, Api, Tenant
-from tests.control.routes import AGENT, ANALYST, CUSTOMER, ML, PLATFORM, ROUTES, Call, Ids
+from tests.control.routes import AGENT, ANALYST, CUSTOMER, ML, PLATFORM, PUSHER, ROUTES, Call, Ids
 from warehouse.postgres.models import new_id
 
 PREFIX = "/api/v1"
-ROLES = (PLATFORM, CUSTOMER, ANALYST, ML, AGENT)
+ROLES = (PLATFORM, CUSTOMER, ANALYST, ML, AGENT, PUSHER)
 
 
 def documented(api: Api) -> set[tuple[str, str]]:
@@ -122,6 +122,7 @@ async def keys(api: Api) -> dict[str, str]:
         ANALYST: tenant.analyst_key,
         ML: ml_key,
         AGENT: tenant.agent_key,
+        PUSHER: (await api.ok("POST", "/api-keys", tenant.admin_key, json={"name": "push", "role": PUSHER}))["key"],
     }
 
 

@@ -136,6 +136,16 @@ async def test_verification_says_what_works_and_what_does_not(sandboxed):
     template = json.loads(good["cloudformation"])
     assert template["Resources"]["Queue"]["Properties"]["QueueName"] == "cloudoptim-events"
     assert "aws_iam_role" in good["terraform"]
+    # Optional, with a key that only pushes, and the queue for what cannot be delivered.
+    assert all(template["Parameters"][name]["Default"] == "" for name in ("PushUrl", "PushKey"))
+    push = {name: part for name, part in template["Resources"].items() if part.get("Condition") == "Push"}
+    assert set(push) == {"PushConnection", "PushDestination", "PushRole", "PushRule"}
+    key = push["PushConnection"]["Properties"]["AuthParameters"]["ApiKeyAuthParameters"]
+    assert key == {"ApiKeyName": "X-API-Key", "ApiKeyValue": {"Ref": "PushKey"}}
+    (target,) = push["PushRule"]["Properties"]["Targets"]
+    assert target["DeadLetterConfig"] == {"Arn": {"Fn::GetAtt": ["Queue", "Arn"]}}
+    for part in ("aws_cloudwatch_event_api_destination", 'variable "push_key"', "dead_letter_config"):
+        assert part in good["terraform"]
     assert any(statement["Sid"] == "EndOwn" for statement in good["iam_policy"]["Statement"])
 
     # Trouble later on keeps the detectors at work; only another role or queue starts afresh.

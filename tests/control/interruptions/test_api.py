@@ -44,6 +44,25 @@ async def test_strangers_and_readers_push_nothing(api: Api, keys: Keys) -> None:
         assert (await api.call("POST", "/events/aws", key, content="{}")).status_code == status
 
 
+async def test_a_key_that_only_pushes_pushes_for_its_customer(api: Api, keys: Keys, customer: Tenant) -> None:
+    """As an EventBridge connection sends it: the key in a header of its own. What else it may not do, the matrix of
+    roles and routes shows."""
+    asked = {"name": "eventbridge", "role": "event_pusher"}
+    key = (await api.ok("POST", "/api-keys", keys.admin_key, json=asked))["key"]
+    node = await customer.node()
+    answer = await api.call("POST", "/events/aws", None, json=customer.warning(node), headers={"X-API-Key": key})
+    assert (answer.status_code, answer.json()["outcome"]) == (202, "handled")
+    stranger = await api.tenant("Elsewhere too")
+    foreign = await Tenant(api.db, stranger.customer_id, stranger.cluster_id, "").node()
+    answer = await api.call("POST", "/events/aws", None, json=customer.warning(foreign), headers={"X-API-Key": key})
+    assert answer.json()["outcome"] == "quarantined"
+    # It belongs to a customer, and is nobody's who signs in.
+    assert (await api.call("POST", "/api-keys", json=asked)).status_code == 422
+    person = {"email": "p@example.com", "password": "long enough, really", "role": "event_pusher"}
+    assert (await api.call("POST", "/users", keys.admin_key, json=person)).status_code == 422
+    assert (await api.call("POST", "/api-keys", keys.analyst_key, json=asked)).status_code == 403
+
+
 async def test_a_pushed_warning_is_handled_like_one_from_the_queue(api: Api, keys: Keys, customer: Tenant) -> None:
     instance = await customer.node()
     warning = customer.warning(instance)

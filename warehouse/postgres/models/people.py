@@ -22,6 +22,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
 
 ROLES = ("platform_admin", "customer_admin", "analyst", "ml_server", "agent")
+# What only programs are.
+KEY_ROLES = (*ROLES, "event_pusher")
 
 
 class User(HasId, HasCreatedAt, Base):
@@ -64,7 +66,8 @@ class ApiKey(HasId, HasCreatedAt, Base):
     __tablename__ = "api_keys"
     __table_args__ = (
         UniqueConstraint("prefix"),
-        CheckConstraint(one_of("role", *ROLES), name="role"),
+        CheckConstraint(one_of("role", *KEY_ROLES), name="role"),
+        CheckConstraint("role <> 'event_pusher' OR customer_id IS NOT NULL", name="pusher_has_customer"),
         CheckConstraint("role <> 'agent' OR (customer_id IS NOT NULL AND cluster_id IS NOT NULL)", name="agent_bound"),
         CheckConstraint("cluster_id IS NULL OR customer_id IS NOT NULL", name="cluster_has_customer"),
         ForeignKeyConstraint(
