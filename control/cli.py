@@ -218,12 +218,13 @@ def sandbox_interrupt(
     node: Annotated[str | None, typer.Option(help="Name or instance id of one Spot node.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Random Spot nodes of this cluster.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many random nodes.")] = 1,
+    behaviour: Annotated[str, typer.Option(help="terminate, stop, or hibernate (at once).")] = "terminate",
 ) -> None:
-    """Let AWS take Spot nodes back now: warning on the queue, two minutes, then the instance is gone."""
+    """Let AWS take Spot nodes back now: warning on the queue, two minutes, then the instance is gone or stopped."""
     from control.sandbox.client import SandboxAbsent, interrupt
 
     try:
-        rows = interrupt(load_settings().home, node=node, cluster=cluster, count=count)
+        rows = interrupt(load_settings().home, node=node, cluster=cluster, count=count, behaviour=behaviour)
     except SandboxAbsent as error:
         fail(str(error))
     _print_table(rows)

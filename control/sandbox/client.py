@@ -38,7 +38,7 @@ def nodes(home: Path) -> list[dict[str, Any]]:
     return call(home, "GET", "/_sandbox/fleet")
 
 
-def interrupt(home: Path, *, node: str | None, cluster: str | None, count: int) -> list[dict[str, Any]]:
-    """Interrupt a node, or some random Spot nodes of a cluster or of all."""
-    wish = {"node": node, "cluster": cluster, "count": count}
+def interrupt(home: Path, *, node: str | None, cluster: str | None, count: int, behaviour: str) -> list[dict[str, Any]]:
+    """Interrupt a node, or some random Spot nodes of a cluster or of all; behaviour: terminate, stop or hibernate."""
+    wish = {"node": node, "cluster": cluster, "count": count, "behaviour": behaviour}
     return call(home, "POST", "/_sandbox/fleet/interrupt", wish)["interrupted"]

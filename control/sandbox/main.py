@@ -59,7 +59,7 @@ class SandboxSettings(BaseSettings):
     k8s_port: int = 0
     """The Kubernetes APIs; 0: the port of the last start, else any free one."""
     interruption_scale: float = Field(default=FleetConfig().interruption_scale, ge=0)
-    """Multiplies the market's hazards: 1 is the real rate, 0 none, 1000 one interruption in about five minutes."""
+    """Multiplies the market's hazards: 1 is the real rate, 0 none, 1000 an interruption in a minute to half an hour."""
     speed: float = Field(default=1.0, gt=0)
     """Divides every delay of nodes and pods, but not the 120 s of an interruption notice."""
     notice_seconds: float = Field(default=120.0, gt=0)

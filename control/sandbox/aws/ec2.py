@@ -448,10 +448,10 @@ class Ec2:
                 {
                     "spotInstanceRequestId": i.spot_request_id,
                     "state": state,
-                    "type": "one-time",
+                    "type": "one-time" if i.interruption_behaviour == "terminate" else "persistent",
                     "instanceId": i.instance_id,
                     "launchedAvailabilityZone": i.zone_name,
-                    "instanceInterruptionBehavior": "terminate",
+                    "instanceInterruptionBehavior": i.interruption_behaviour,
                     "createTime": _at(i.launched_at),
                     "productDescription": "Linux/UNIX",
                     "spotPrice": i.spot_max_price,
@@ -459,7 +459,7 @@ class Ec2:
                     "status": {
                         "code": code,
                         "message": message,
-                        "updateTime": _at(i.interruption_notice_at or i.shutting_down_at or i.launched_at),
+                        "updateTime": _at(i.interruption_notice_at or i.ended_at(now) or i.launched_at),
                     },
                     "tagSet": _tag_set(i.tags),
                 }
@@ -483,15 +483,17 @@ class Ec2:
     def _instance(self, i: Instance, now: float) -> dict[str, Any]:
         kind = self.catalogue.types[i.instance_type]
         state = i.state(now)
-        ended = i.shutting_down_at is not None and i.shutting_down_at <= now
-        alive = state in ("pending", "running")
+        ended_at = i.ended_at(now)
+        ended = ended_at is not None
+        # a stopped instance keeps its addresses
+        alive = state not in ("shutting-down", "terminated")
         return {
             "instanceId": i.instance_id,
             "imageId": i.image_id,
             "instanceState": _state(state),
             "privateDnsName": i.private_dns_name if alive else "",
             "dnsName": "",
-            "reason": f"User initiated ({timestamp(_at(i.shutting_down_at or now))})" if ended else "",
+            "reason": f"User initiated ({timestamp(_at(ended_at))})" if ended_at is not None else "",
             "keyName": i.key_name,
             "amiLaunchIndex": i.launch_index,
             "instanceType": i.instance_type,

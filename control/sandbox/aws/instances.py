@@ -22,8 +22,19 @@ TOKEN_KEPT_SECONDS = 24 * 3_600.0
 """EC2 keeps a client token at least 24 hours after the instance is terminated."""
 SHUTDOWN_SECONDS = 20.0
 
-State = Literal["pending", "running", "shutting-down", "terminated"]
-STATE_CODES: dict[str, int] = {"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48}
+STOP_SECONDS = 20.0
+
+State = Literal["pending", "running", "shutting-down", "terminated", "stopping", "stopped"]
+STATE_CODES: dict[str, int] = {
+    "pending": 0,
+    "running": 16,
+    "shutting-down": 32,
+    "terminated": 48,
+    "stopping": 64,
+    "stopped": 80,
+}
+Behaviour = Literal["terminate", "stop", "hibernate"]
+"""What an interruption does to an instance (InstanceInterruptionBehavior)."""
 
 
 @dataclass(slots=True)
@@ -55,9 +66,12 @@ class Instance:
     key_name: str | None = None
     shutting_down_at: float | None = None
     terminated_at: float | None = None
+    stopping_at: float | None = None
+    stopped_at: float | None = None
     reason_code: str | None = None
     interruption_notice_at: float | None = None
     interruption_due_at: float | None = None
+    interruption_behaviour: Behaviour = "terminate"
     rebalance_at: float | None = None
     scheduled_event: dict[str, Any] | None = None
     announced: str = ""
@@ -68,6 +82,10 @@ class Instance:
             return "terminated"
         if self.shutting_down_at is not None and self.shutting_down_at <= now:
             return "shutting-down"
+        if self.stopped_at is not None and self.stopped_at <= now:
+            return "stopped"
+        if self.stopping_at is not None and self.stopping_at <= now:
+            return "stopping"
         return "running" if self.running_at <= now else "pending"
 
     def visible(self, now: float) -> bool:
@@ -81,8 +99,13 @@ class Instance:
 
     def next_moment(self, now: float) -> float | None:
         """When the state changes next."""
-        later = [m for m in (self.running_at, self.shutting_down_at, self.terminated_at) if m is not None and m > now]
-        return min(later, default=None)
+        moments = (self.running_at, self.stopping_at, self.stopped_at, self.shutting_down_at, self.terminated_at)
+        return min((m for m in moments if m is not None and m > now), default=None)
+
+    def ended_at(self, now: float) -> float | None:
+        """When it stopped running: it shut down, or stopped; None while it runs."""
+        moments = (self.stopping_at, self.shutting_down_at)
+        return min((m for m in moments if m is not None and m <= now), default=None)
 
     def spot_status(self, now: float) -> tuple[str, str, str]:
         """(request state, status code, status message) of its Spot request."""
@@ -99,6 +122,14 @@ class Instance:
                 "instance-terminated-by-user",
                 "Spot Instance terminated due to user-initiated termination.",
             )
+        if self.stopping_at is not None and self.stopping_at <= now:
+            return (
+                "disabled",
+                "instance-stopped-no-capacity",
+                "Your Spot instance was stopped: no capacity is available.",
+            )
+        if self.interruption_notice_at is not None and self.interruption_behaviour != "terminate":
+            return "active", "marked-for-stop", "Your Spot instance is marked for stopping."
         if self.interruption_notice_at is not None:
             return "active", "marked-for-termination", "Your Spot instance is marked for termination."
         return "active", "fulfilled", "Your spot request is fulfilled."
@@ -208,14 +239,24 @@ class Instances:
         instance.reason_code = reason
         self.save([instance])
 
-    def interrupt(self, instance: Instance, notice_seconds: float) -> None:
-        """Plan the end of a Spot instance: noticed now, shut down after the notice."""
+    def interrupt(self, instance: Instance, notice_seconds: float, behaviour: Behaviour = "terminate") -> None:
+        """Plan the end of a Spot instance: noticed now, ended after the notice; hibernation begins with the notice.
+
+        A second warning repeats the first: AWS neither postpones nor changes what it has announced.
+        """
+        if instance.interruption_notice_at is not None:
+            return
         now = self.clock()
+        due = now if behaviour == "hibernate" else now + notice_seconds
         instance.interruption_notice_at = now
-        instance.interruption_due_at = now + notice_seconds
-        instance.shutting_down_at = instance.interruption_due_at
-        instance.terminated_at = instance.shutting_down_at + SHUTDOWN_SECONDS
-        instance.reason_code = "Server.SpotInstanceTermination"
+        instance.interruption_due_at = due
+        instance.interruption_behaviour = behaviour
+        if behaviour == "terminate":
+            instance.shutting_down_at, instance.terminated_at = due, due + SHUTDOWN_SECONDS
+            instance.reason_code = "Server.SpotInstanceTermination"
+        else:
+            instance.stopping_at, instance.stopped_at = due, due + STOP_SECONDS
+            instance.reason_code = "Server.SpotInstanceShutdown"
         self.save([instance])
 
     def forget_old(self) -> None:

@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import parse_qsl, unquote
 
 import msgspec
@@ -50,7 +50,7 @@ from control.sandbox.aws.ec2 import Ec2
 from control.sandbox.aws.fallback import Moto
 from control.sandbox.aws.faults import Fault, Faults
 from control.sandbox.aws.history import History, redacted
-from control.sandbox.aws.instances import Instance, Instances
+from control.sandbox.aws.instances import Behaviour, Instance, Instances
 from control.sandbox.aws.pricing import PriceList, decode
 from control.sandbox.aws.protocol import Answer, AwsError, Call, Caller, error_answer, nest
 from control.sandbox.aws.spot_history import SpotHistory
@@ -267,6 +267,14 @@ class SandboxAWS:
         (message,) = self._sqs.send(self._queue(queue), [text], delay_seconds=delay_seconds)
         return message.id
 
+    def _tell(self, account_id: str, body: str) -> str | None:
+        """Deliver to an account's queue as a rule of EventBridge does: where the queue is gone, the event is lost."""
+        try:
+            return self.send_event(account_id, body)
+        except AwsError as error:
+            _log.warning("an event for account %s is lost: %s", account_id, error)
+            return None
+
     def send_events(self, queue: str, bodies: Iterable[str | dict[str, Any]]) -> list[str]:
         """Many at once, for storms."""
         texts = [b if isinstance(b, str) else json.dumps(b) for b in bodies]
@@ -299,7 +307,7 @@ class SandboxAWS:
         return sorted(chosen, key=lambda i: (i.launched_at, i.instance_id))
 
     def on_change(self, listener: Listener) -> None:
-        """Call `listener(instance, state)` when an instance reaches pending, running, shutting-down or terminated."""
+        """Call `listener(instance, state)` when an instance reaches a state: pending, running, shutting-down, …"""
         self._listeners.append(listener)
 
     def interrupt(
@@ -308,32 +316,40 @@ class SandboxAWS:
         *,
         notice_seconds: float = 120.0,
         send_event: bool = True,
-        detail_action: str = "terminate",
+        behaviour: Behaviour = "terminate",
     ) -> str | None:
-        """AWS takes a Spot instance back: warning now, shutdown after the notice. Answers the message id.
+        """AWS takes a Spot instance back: warning now, shutdown after the notice. Answers the message id, None when
+        nothing was sent or nobody has the queue any more.
 
+        `behaviour` "stop" stops it instead, "hibernate" does so at once, as hibernation begins with its notice. A
+        second warning of the same instance is sent, but neither postpones nor changes what the first announced.
         `send_event=False` is the lost notice: only the Spot request's status and the instance's state tell. Raises
-        KeyError for an unknown instance and ValueError for one that is not a running Spot instance.
+        KeyError for an unknown instance and ValueError for one that is not a running Spot instance, or for a behaviour
+        there is not.
         """
+        if behaviour not in get_args(Behaviour):
+            raise ValueError(f"behaviour {behaviour!r} is none of {', '.join(get_args(Behaviour))}")
         instance = self._running(instance_id)
         if instance.lifecycle != "spot":
             raise ValueError(f"{instance_id} is an on-demand instance; only Spot instances are interrupted")
-        self._instances.interrupt(instance, notice_seconds)
+        self._instances.interrupt(instance, notice_seconds, behaviour)
         self._history.add(
             service="sandbox", action="Interruption", account=instance.account_id, region=instance.region,
-            params={"notice_seconds": notice_seconds}, outcome="ok", result={"instance_ids": [instance_id]},
+            params={"notice_seconds": notice_seconds, "behaviour": behaviour}, outcome="ok",
+            result={"instance_ids": [instance_id]},
         )  # fmt: skip
+        message_id = None
+        if send_event:
+            body = events.interruption_warning(
+                instance_id, account_id=instance.account_id, region=instance.region, zone_name=instance.zone_name,
+                at=datetime.now(UTC), action=instance.interruption_behaviour,
+            )  # fmt: skip
+            message_id = self._tell(instance.account_id, body)
         self._changed([instance])
-        if not send_event:
-            return None
-        body = events.interruption_warning(
-            instance_id, account_id=instance.account_id, region=instance.region, zone_name=instance.zone_name,
-            at=datetime.now(UTC), action=detail_action,
-        )  # fmt: skip
-        return self.send_event(instance.account_id, body)
+        return message_id
 
-    def recommend_rebalance(self, instance_id: str) -> str:
-        """Send a rebalance recommendation; answers the message id."""
+    def recommend_rebalance(self, instance_id: str) -> str | None:
+        """Send a rebalance recommendation; answers the message id, None when the queue is gone."""
         instance = self._running(instance_id)
         instance.rebalance_at = self._instances.clock()
         self._instances.save([instance])
@@ -341,10 +357,10 @@ class SandboxAWS:
             instance_id, account_id=instance.account_id, region=instance.region, zone_name=instance.zone_name,
             at=datetime.now(UTC),
         )  # fmt: skip
-        return self.send_event(instance.account_id, body)
+        return self._tell(instance.account_id, body)
 
-    def schedule_retirement(self, instance_id: str, *, in_seconds: float = 14 * 86_400.0) -> str:
-        """Announce a retirement through AWS Health; answers the message id."""
+    def schedule_retirement(self, instance_id: str, *, in_seconds: float = 14 * 86_400.0) -> str | None:
+        """Announce a retirement through AWS Health; answers the message id, None when the queue is gone."""
         instance = self._running(instance_id)
         starts_at = datetime.now(UTC) + timedelta(seconds=in_seconds)
         instance.scheduled_event = {
@@ -361,7 +377,7 @@ class SandboxAWS:
             at=datetime.now(UTC),
             starts_at=starts_at,
         )
-        return self.send_event(instance.account_id, body)
+        return self._tell(instance.account_id, body)
 
     def begin_lifecycle_action(
         self,
@@ -381,7 +397,7 @@ class SandboxAWS:
                 instance.account_id, instance.region, group_name, hook_name, instance_id, transition, timeout_seconds
             )
         )
-        self.send_event(instance.account_id, events.lifecycle_action(action, at=datetime.now(UTC), direct=direct))
+        self._tell(instance.account_id, events.lifecycle_action(action, at=datetime.now(UTC), direct=direct))
         return action
 
     def terminate(self, instance_id: str, *, reason: str = "Client.UserInitiatedShutdown") -> None:
@@ -413,7 +429,7 @@ class SandboxAWS:
                 result={"instance_ids": [instance.instance_id]},
             )  # fmt: skip
             if self.config.state_change_events and instance.account_id in self._accounts.by_id:
-                self.send_event(
+                self._tell(
                     instance.account_id,
                     events.state_change(
                         instance.instance_id, state, account_id=instance.account_id, region=instance.region,

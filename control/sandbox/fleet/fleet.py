@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from control.sandbox.aws import Instance, SandboxAWS
+from control.sandbox.aws.instances import Behaviour
 from control.sandbox.fleet.launch import INITIAL_TOKEN_PREFIX, launch_cluster
 from control.sandbox.fleet.load import usage
 from control.sandbox.fleet.manifests import (
@@ -74,8 +75,9 @@ class FleetConfig:
     orphan_pod_seconds: float = 20.0
     pods: PodTiming = field(default_factory=PodTiming)
     interruption_scale: float = 1000.0
-    """The market's hazards times this, 0 for none. The plan's 30 Spot nodes add up to 0.0125 interruptions an hour:
-    one in three days at 1, one in five minutes at 1000."""
+    """The market's hazards times this, 0 for none. The plan's 30 Spot nodes add up to 0.013 interruptions an hour
+    over the years (one in three days at 1, one in five minutes at 1000), from 0.002 in cheap months to 0.05 in dear
+    ones."""
     rebalance_share: float = 0.4
     """Share of interruptions announced by a rebalance recommendation before."""
     rebalance_lead_seconds: tuple[float, float] = (30.0, 240.0)
@@ -299,7 +301,7 @@ class Fleet:
         hints = {}
         if instance.interruption_due_at is not None:
             due = timestamp(datetime.fromtimestamp(instance.interruption_due_at, UTC))
-            hints[INSTANCE_ACTION_ANNOTATION] = json.dumps({"action": "terminate", "time": due})
+            hints[INSTANCE_ACTION_ANNOTATION] = json.dumps({"action": instance.interruption_behaviour, "time": due})
         if instance.rebalance_at is not None:
             noticed = timestamp(datetime.fromtimestamp(instance.rebalance_at, UTC))
             hints[REBALANCE_ANNOTATION] = json.dumps({"noticeTime": noticed})
@@ -311,7 +313,7 @@ class Fleet:
         store = runtime.cluster.store
         node = self._node_of(runtime, member, instance)
         if member.ended_at is None:
-            member.ended_at = min(now, instance.shutting_down_at or now)
+            member.ended_at = instance.ended_at(now) or now
             if node is not None:
                 runtime.alive.discard(member.node_name)
         if node is None:
@@ -319,7 +321,9 @@ class Fleet:
             return
         gone_for = now - member.ended_at
         moment = datetime.fromtimestamp(now, UTC)
-        if gone_for >= self.config.removed_seconds:
+        # Of a stopped instance the cloud's controller keeps the node: the instance exists and may come back.
+        stopped = instance.state(now) in ("stopping", "stopped")
+        if gone_for >= self.config.removed_seconds and not stopped:
             member.left = True
             record_event(store, node, "Normal", "DeletingNode", f"Deleting node {member.node_name} because it does "
                          "not exist in the cloud provider", "cloud-node-lifecycle-controller")  # fmt: skip
@@ -327,7 +331,7 @@ class Fleet:
             log.info("%s: node %s (%s) left", runtime.plan.name, member.node_name, instance.instance_id)
         elif gone_for >= self.config.unreachable_seconds and not member.unreachable:
             member.unreachable = True
-            node = store.edit(NODES, node, partial(_taint_unreachable, timestamp(moment)))
+            node = store.edit(NODES, node, partial(_taint_unreachable, timestamp(moment), stopped))
             conditions = node_conditions(ready=False, now=moment, unknown=True)
             node = store.edit(NODES, node, partial(_set_conditions, conditions), subresource="status")
             message = f"Node {member.node_name} status is now: NodeNotReady"
@@ -401,10 +405,11 @@ class Fleet:
         cluster: str | None = None,
         count: int = 1,
         notice_seconds: float | None = None,
+        behaviour: Behaviour = "terminate",
     ) -> list[dict[str, Any]]:
         """Interrupt a named node, or `count` random Spot nodes (of a cluster): what was interrupted.
 
-        Raises ValueError with what to do when there is no such node or cluster or nothing left to interrupt.
+        Raises ValueError with what to do when there is no such node, cluster or behaviour or nothing left to interrupt.
         """
         if cluster is not None and cluster not in self.clusters:
             raise ValueError(f"there is no cluster {cluster!r}; there are {', '.join(self.clusters)}")
@@ -421,7 +426,7 @@ class Fleet:
         notice = self.config.notice_seconds if notice_seconds is None else notice_seconds
         interrupted = []
         for instance in chosen:
-            message_id = self._aws.interrupt(instance.instance_id, notice_seconds=notice)
+            message_id = self._aws.interrupt(instance.instance_id, notice_seconds=notice, behaviour=behaviour)
             member = self._members[instance.instance_id]
             interrupted.append(
                 {
@@ -431,7 +436,8 @@ class Fleet:
                     "instance_type": instance.instance_type,
                     "zone": instance.zone_name,
                     "message_id": message_id,
-                    "ends_in_seconds": notice,
+                    "behaviour": behaviour,
+                    "ends_in_seconds": 0.0 if behaviour == "hibernate" else notice,
                 }
             )
         self._sync()
@@ -522,8 +528,10 @@ def _without_not_ready_taint(draft: Object) -> None:
         del draft["spec"]["taints"]
 
 
-def _taint_unreachable(at: str, draft: Object) -> None:
+def _taint_unreachable(at: str, stopped: bool, draft: Object) -> None:
     taints = [t for t in draft["spec"].get("taints") or [] if t["key"] != "node.kubernetes.io/unreachable"]
+    if stopped:
+        taints.append({"key": "node.cloudprovider.kubernetes.io/shutdown", "effect": "NoSchedule"})
     for effect in ("NoSchedule", "NoExecute"):
         taints.append({"key": "node.kubernetes.io/unreachable", "effect": effect, "timeAdded": at})
     draft["spec"]["taints"] = taints
@@ -562,11 +570,9 @@ def control_routes(fleet: Callable[[], Fleet]) -> list[Any]:
     async def interrupt(request: Request) -> Response:
         try:
             wish = await request.json()
-            unknown = set(wish) - {"node", "cluster", "count", "notice_seconds"}
-            if unknown:
-                raise ValueError(
-                    f"unknown field {', '.join(sorted(unknown))}; known: node, cluster, count, notice_seconds"
-                )
+            known = ("node", "cluster", "count", "notice_seconds", "behaviour")
+            if unknown := set(wish).difference(known):
+                raise ValueError(f"unknown field {', '.join(sorted(unknown))}; known: {', '.join(known)}")
             return JSONResponse({"interrupted": fleet().interrupt(**wish)})
         except (ValueError, TypeError) as error:
             return JSONResponse({"error": str(error)}, status_code=400)

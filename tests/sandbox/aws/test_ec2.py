@@ -173,6 +173,9 @@ def test_interrupted_instance_shows_it_before_it_goes(aws: SandboxAWSThread, ec2
         return str(ec2.describe_spot_instance_requests()["SpotInstanceRequests"][0]["Status"]["Code"])
 
     assert status() == "marked-for-termination"
+    # a second warning neither postpones nor changes what was announced
+    aws.interrupt(instance_id, notice_seconds=600, behaviour="stop", send_event=False)
+    assert status() == "marked-for-termination"
     assert ec2.describe_instance_status()["InstanceStatuses"][0]["InstanceState"]["Name"] == "running"
     deadline = time.monotonic() + 5
     while status() == "marked-for-termination" and time.monotonic() < deadline:

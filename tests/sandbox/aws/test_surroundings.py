@@ -2,15 +2,17 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import boto3
 import pytest
 
-from control.sandbox.aws import Credentials, Instance, SandboxAWS, SandboxAWSThread, SandboxConfig
+from control.sandbox.aws import Credentials, Instance, SandboxAWS, SandboxAWSThread, SandboxConfig, instances
 from control.sandbox.market import GeneratedMarket
 from tests.sandbox.aws.conftest import ACCOUNT, OTHER_ACCOUNT, account, spot_request
+from tests.sandbox.fleet.harness import eventually
 
 
 def bodies(sqs: Any, queue: str) -> list[dict[str, Any]]:
@@ -51,6 +53,53 @@ def test_on_demand_instances_are_not_interrupted(aws: SandboxAWSThread, ec2: Any
     (made,) = ec2.run_instances(**request)["Instances"]
     with pytest.raises(ValueError, match="only Spot instances"):
         aws.interrupt(made["InstanceId"])
+
+
+def test_an_interruption_can_stop_or_hibernate_and_outlives_the_customers_queue(
+    market: GeneratedMarket, clients: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instances, "STOP_SECONDS", 0.2)
+    with SandboxAWSThread(SandboxConfig(market=market, state_change_events=True)) as aws:
+        account = aws.add_account(ACCOUNT, external_id="x")
+        ec2, sqs = (clients(aws, service, aws.credentials(ACCOUNT)) for service in ("ec2", "sqs"))
+        request = spot_request(Placement={}, MinCount=3, MaxCount=3)
+        stopping, hibernating, orphan = (i["InstanceId"] for i in ec2.run_instances(**request)["Instances"])
+        sqs.purge_queue(QueueUrl=account.queue_url)
+        with pytest.raises(ValueError, match="none of terminate, stop, hibernate"):
+            aws.interrupt(stopping, behaviour="sleep")
+
+        def ends(behaviour: str) -> list[str]:
+            return [r["State"] + "/" + r["Status"]["Code"] for r in ec2.describe_spot_instance_requests(
+                Filters=[{"Name": "instance-id", "Values": [stopping if behaviour == "stop" else hibernating]}]
+            )["SpotInstanceRequests"]]  # fmt: skip
+
+        aws.interrupt(stopping, notice_seconds=0.5, behaviour="stop")
+        assert ends("stop") == ["active/marked-for-stop"]
+        assert [i.state(time.time()) for i in aws.instances() if i.instance_id == stopping] == ["running"]
+        aws.interrupt(hibernating, notice_seconds=60, behaviour="hibernate")
+        eventually(lambda: len([i for i in aws.instances() if i.announced == "stopped"]) == 2, 10)
+        assert ends("stop") == ends("hibernate") == ["disabled/instance-stopped-no-capacity"]
+        bodies = [
+            json.loads(m["Body"])["detail"]
+            for _ in range(3)
+            for m in sqs.receive_message(QueueUrl=account.queue_url, MaxNumberOfMessages=10).get("Messages", [])
+        ]
+        for instance_id, action in ((stopping, "stop"), (hibernating, "hibernate")):
+            assert [b.get("instance-action", b.get("state")) for b in bodies if b["instance-id"] == instance_id] == [
+                action, "stopping", "stopped",
+            ]  # fmt: skip
+        (stopped,) = ec2.describe_instances(InstanceIds=[stopping])["Reservations"][0]["Instances"]
+        assert stopped["State"] == {"Code": 80, "Name": "stopped"}
+        assert stopped["StateReason"]["Code"] == "Server.SpotInstanceShutdown"
+        assert stopped["PrivateIpAddress"]
+        sqs.delete_queue(QueueUrl=account.queue_url)
+        # EventBridge has nobody to tell it to, and what happens happens
+        assert aws.interrupt(orphan, notice_seconds=0.1) is None
+        assert aws.recommend_rebalance(orphan) is None
+        ec2.terminate_instances(InstanceIds=[stopping])
+        eventually(
+            lambda: {i.instance_id for i in aws.instances() if i.announced == "shutting-down"} == {orphan, stopping}
+        )
 
 
 async def test_in_the_tests_own_loop_with_state_changes_on_the_queue_and_to_listeners(market: GeneratedMarket) -> None:

@@ -208,6 +208,25 @@ def test_the_servers_parser_reads_what_the_sandbox_sends(sandbox: RunningSandbox
     assert event.flags == frozenset()
 
 
+def test_a_hibernated_instance_keeps_its_node_which_is_not_ready(sandbox: RunningSandbox) -> None:
+    core = sandbox.core("shop-prod")
+    sandbox.messages("shop-prod")
+    wish = {"cluster": "shop-prod", "behaviour": "hibernate"}
+    (row,) = sandbox.control("POST", "/_sandbox/fleet/interrupt", wish).json()["interrupted"]
+    assert (row["behaviour"], row["ends_in_seconds"]) == ("hibernate", 0)
+
+    def down() -> client.V1Node | None:
+        node = core.read_node(row["node"])
+        return None if ready(node) else node
+
+    node = eventually(down, 30)
+    assert {t.key for t in node.spec.taints} >= {
+        "node.kubernetes.io/unreachable", "node.cloudprovider.kubernetes.io/shutdown",
+    }  # fmt: skip
+    actions = [m["detail"].get("instance-action") for m in sandbox.messages("shop-prod")]
+    assert "hibernate" in actions
+
+
 def test_asking_for_what_is_not_there_says_what_is(sandbox: RunningSandbox) -> None:
     for wish, words in (
         ({"cluster": "nope"}, "there are shop-prod, shop-staging, analytics-prod"),

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
+from control.sandbox.fleet.plan import CUSTOMERS
 from control.sandbox.market import GeneratedMarket, Parameters, PriceChanges, load_catalogue, load_parameters
 
 # spans the border of two generated blocks
@@ -134,3 +135,27 @@ def test_ninety_days_of_a_region_take_seconds() -> None:
     records = sum(len(c) for c in chunks)
     # 485 pools, two to three changes a day each
     assert 60_000 < records < 200_000
+
+
+@pytest.mark.soak
+def test_the_fleets_interruptions_are_as_frequent_as_documented() -> None:
+    """`CLOUDOPTIM_SANDBOX_INTERRUPTION_SCALE` in docs/sandbox.md: three years of the fleet's 30 Spot nodes."""
+    market = GeneratedMarket()
+    groups = [(c.region, g) for customer in CUSTOMERS for c in customer.clusters for g in c.groups]
+    spot = [(region, g) for region, g in groups if g.capacity == "spot"]
+    assert sum(g.count for _, g in spot) == 30
+    rates = []
+    for day in range(0, 3 * 365, 8):
+        at = datetime(2025, 1, 1, tzinfo=UTC) + timedelta(days=day, hours=day * 5 % 24)
+        rates.append(
+            sum(
+                g.count
+                * np.mean(
+                    [market.hazard_per_hour(p, at) for p in market.pools(r) if p.instance_type == g.instance_type]
+                )
+                for r, g in spot
+            )
+        )
+    assert 0.011 < np.mean(rates) < 0.016
+    low, middle, high = np.quantile(rates, [0.05, 0.5, 0.95])
+    assert 0.002 < low < 0.003 < 0.005 < middle < 0.007 < 0.035 < high < 0.055
