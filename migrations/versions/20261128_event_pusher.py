@@ -1,7 +1,7 @@
 """Keys that may hand in a customer's events and nothing else.
 
 Revision ID: 20261128_event_pusher
-Revises: 20261127_tenant_walls
+Revises: 20261128_leaving
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "20261128_event_pusher"
-down_revision = "20261127_tenant_walls"
+down_revision = "20261128_leaving"
 branch_labels = None
 depends_on = None
 
