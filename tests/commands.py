@@ -1,22 +1,29 @@
-"""`cloudoptim …` in a process of its own that starts in milliseconds.
+"""Our processes, started in milliseconds.
 
-Importing what a command needs takes more than a second of CPU, and tests run it a hundred times: a server that has
-imported everything forks one process for each command (`multiprocessing`'s fork server).
+Importing what one needs takes more than a second of CPU, and tests start hundreds: a server that has imported
+everything forks each of them (`multiprocessing`'s fork server). What is forked runs what the command line runs, with an
+environment and outputs of its own, and is killed like any process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-START_SECONDS = 120
+COMMAND_SECONDS = 120
+PR_SET_PDEATHSIG = 1
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
+        "control.agent.main",
         "control.cli",
         "control.commands.doctor",
         "control.supervisor.up",
@@ -33,31 +40,82 @@ _SERVER.set_forkserver_preload(
 )
 
 
+class Forked:
+    """A process of ours, with the methods of ``subprocess.Popen`` that tests use.
+
+    Args:
+        main: what runs in it; picklable.
+        environment: all of its variables.
+        stdout: file its output is appended to.
+        stderr: the same for errors.
+    """
+
+    def __init__(self, main: Callable[[], None], environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+        for file in (stdout, stderr):
+            file.touch(mode=0o600)
+        arguments = (main, dict(environment), str(stdout), str(stderr))
+        # A daemon, so that the end of the test session ends it too.
+        self._process = _SERVER.Process(target=_run, args=arguments, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout or 0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 def cloudoptim(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, with no other variables than PATH and the given ones."""
+    """Run a command to its end, with no other variables than PATH and the given ones."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "stdout"), Path(folder, "stderr")
-        environment = {"PATH": os.environ["PATH"], **environment}
-        process = _SERVER.Process(target=_command, args=(arguments, environment, str(output), str(errors)))
-        process.start()
-        process.join(START_SECONDS)
-        if process.is_alive():
+        process = Forked(_Command(arguments), {"PATH": os.environ["PATH"], **environment}, output, errors)
+        try:
+            code = process.wait(COMMAND_SECONDS)
+        finally:
             process.kill()
-            process.join()
-        exit_code = process.exitcode
-        process.close()
-        assert exit_code is not None
-        return subprocess.CompletedProcess(list(arguments), exit_code, output.read_text(), errors.read_text())
+        return subprocess.CompletedProcess(list(arguments), code, output.read_text(), errors.read_text())
 
 
-def _command(arguments: tuple[str, ...], environment: dict[str, str], output: str, errors: str) -> None:
-    for number, path in ((1, output), (2, errors)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+class _Command:
+    def __init__(self, arguments: tuple[str, ...]) -> None:
+        self.arguments = arguments
+
+    def __call__(self) -> None:
+        from control.cli import app
+
+        sys.argv = ["cloudoptim", *self.arguments]
+        app()
+
+
+def _run(main: Callable[[], None], environment: dict[str, str], stdout: str, stderr: str) -> None:
+    # Killed sessions leave nothing: the server ends with the session, and its children with the server.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number, path in ((1, stdout), (2, stderr)):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["cloudoptim", *arguments]
-    from control.cli import app
-
-    app()
+    # The fork server ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -25,9 +26,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from control.agent.main import main as agent
 from control.sandbox.kubernetes.kubelet import Kubelets, PodTiming
 from control.sandbox.kubernetes.resources import NODES
 from control.sandbox.kubernetes.server import Cluster, ServerThread, clusters_app
+from tests.commands import Forked
 from warehouse.contracts import AgentEvents, MetricsData, TaskResult
 
 LEASE_SECONDS = 2.0
@@ -199,7 +202,7 @@ class World:
         self.kubernetes = ServerThread(clusters_app([self.cluster]))
         self.server = TaskServer(self.cluster_id, "agent-key-of-the-test")
         self.state_dir = state_dir
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | subprocess.Popen[bytes] | None = None
         self.log = state_dir.with_suffix(".log")
 
     def start(self) -> None:
@@ -229,7 +232,8 @@ class World:
     def call(self, function: Callable, *arguments: Any, **options: Any) -> Any:
         return self.kubernetes.call(lambda: function(*arguments, **options))
 
-    def start_agent(self, **environment: str) -> subprocess.Popen[bytes]:
+    def start_agent(self, *, measured: bool = False, **environment: str) -> Forked | subprocess.Popen[bytes]:
+        """Start the agent; ``measured`` as a process that shares no memory with another."""
         settings = {
             "CLOUDOPTIM_CONTROL_URL": self.server.thread.url,
             "CLOUDOPTIM_AGENT_CLUSTER_ID": str(self.cluster_id),
@@ -243,6 +247,9 @@ class World:
             **environment,
         }
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CLOUDOPTIM_")}
+        if not measured:
+            self.process = Forked(partial(agent, []), {**inherited, **settings}, self.log, self.log)
+            return self.process
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "control.agent"], env={**inherited, **settings}, stdout=log, stderr=log

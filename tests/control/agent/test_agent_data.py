@@ -119,7 +119,7 @@ def test_memory_stays_below_80_megabytes(world: World) -> None:
     for index in range(20):
         world.add_node(f"n{index}")
     world.deploy("web", 200)
-    process = world.start_agent(CLOUDOPTIM_AGENT_METRICS_SECONDS="0.2")
+    process = world.start_agent(measured=True, CLOUDOPTIM_AGENT_METRICS_SECONDS="0.2")
     eventually(lambda: len(world.server.batches) >= 20, 60)
     status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     rss = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
