@@ -57,6 +57,7 @@ from control.interruptions.templates import (
     run_instances_request,
     subnets_by_zone,
     template_of,
+    user_data_group,
 )
 from warehouse.postgres.models import new_id
 
@@ -419,7 +420,7 @@ class Launcher:
         learned: dict[str, dict[str, Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
         for instance in instances:
-            group = (instance["ImageId"], str(instance.get("IamInstanceProfile", {}).get("Arn")))
+            group = user_data_group(instance)
             if group not in user_data:
                 user_data[group] = await self._user_data(cluster.region, credentials, instance["InstanceId"])
             by_zone = subnets_by_zone(subnets.get(instance.get("VpcId", ""), []))

@@ -47,11 +47,23 @@ _STAND_INS = text(f"""
     SELECT c.*, n.id AS node_id, n.node_name, n.instance_id, n.instance_type, n.availability_zone, n.cpu_cores,
            n.memory_bytes / 1073741824.0 AS memory_gib,
            CAST(a.price_usd_per_hour AS double precision) AS price_usd_per_hour,
-           coalesce(a.ready_at, n.ready_at, n.created_at) AS ready_at
+           coalesce(a.ready_at, n.ready_at, n.created_at) AS ready_at,
+           spare.plan_id AS spare_plan_id, spare.instance_id AS spare_instance_id, spare.status AS spare_status
     FROM here c
     JOIN nodes n ON n.cluster_id = c.id AND n.terminated_at IS NULL AND n.node_type = 'on-demand'
     JOIN launch_attempts a ON a.customer_id = n.customer_id AND a.instance_id = n.instance_id AND a.state = 'ready'
     JOIN launch_intents l ON l.id = a.intent_id AND l.requirements ->> 'node_type' = 'spot'
+    -- The Spot node that an earlier return of this node launched and could not move to.
+    LEFT JOIN LATERAL (
+        SELECT p.id AS plan_id, s.instance_id, s.status
+        FROM launch_intents i
+        JOIN optimization_history p ON p.customer_id = i.customer_id AND p.id = i.plan_id
+            AND p.optimization_type = '{TYPE}' AND p.status IN ('stuck', 'stopped', 'rolled_back')
+        JOIN launch_attempts t ON t.intent_id = i.id
+        JOIN nodes s ON s.cluster_id = n.cluster_id AND s.instance_id = t.instance_id AND s.terminated_at IS NULL
+        WHERE i.cluster_id = n.cluster_id AND i.requirements ->> 'instance_id' = n.instance_id
+        ORDER BY p.created_at DESC LIMIT 1
+    ) spare ON true
     WHERE n.status = 'ready'
     ORDER BY n.instance_id LIMIT :limit
 """)
@@ -81,6 +93,8 @@ async def stand_ins(
                 nodes=row.nodes,
                 nodes_disturbed=row.nodes_disturbed,
                 nodes_on_demand=row.nodes_on_demand,
+                spare_instance_id=row.spare_instance_id,
+                spare_ready=row.spare_status == "ready",
             ),
         )
         for row in rows
@@ -143,9 +157,43 @@ _BEGIN = text("""
         SELECT :intent_id, plan.customer_id, plan.cluster_id, plan.id, 1, CAST(:requirements AS jsonb), 'planned',
                now() + make_interval(secs => :launch_seconds)
         FROM plan
+    ), history AS (
+        INSERT INTO plan_history (customer_id, plan_id, version, event, status, detail)
+        SELECT customer_id, id, 1, 'begun', 'running', jsonb_build_object('reason', CAST(:reason AS text)) FROM plan
     )
     SELECT id FROM plan
 """)
+# The Spot node is there already: its launch is done, and the drain is tried again under a key of its own.
+_RESUME = text("""
+    WITH plan AS (
+        UPDATE optimization_history p SET status = 'running', reason = :reason, finished_at = NULL,
+            stop_requested_at = NULL, safety_report = CAST(:evidence AS jsonb), version = p.version + 1
+        WHERE p.id = :plan_id AND p.status IN ('stuck', 'stopped', 'rolled_back')
+          AND NOT EXISTS (SELECT FROM optimization_history o WHERE o.customer_id = p.customer_id
+                          AND o.cluster_id = p.cluster_id AND o.status IN ('running', 'compensating'))
+        RETURNING p.customer_id, p.id, p.version
+    ), steps AS (
+        UPDATE plan_steps s SET state = CASE s.kind WHEN 'launch' THEN 'done' ELSE 'pending' END,
+            started_at = CASE s.kind WHEN 'launch' THEN s.started_at END,
+            finished_at = CASE s.kind WHEN 'launch' THEN coalesce(s.finished_at, now()) END,
+            effect_key = CASE s.kind WHEN 'drain' THEN 'plan:' || plan.id || ':step:2:try:' || plan.version
+                                     ELSE s.effect_key END,
+            version = s.version + 1
+        FROM plan WHERE s.plan_id = plan.id
+    ), history AS (
+        INSERT INTO plan_history (customer_id, plan_id, version, event, status, detail)
+        SELECT customer_id, id, version, 'resumed', 'running', jsonb_build_object('reason', CAST(:reason AS text))
+        FROM plan
+    )
+    SELECT id FROM plan
+""")
+
+
+async def resume(conn: AsyncConnection, plan_id: UUID, *, reason: str, evidence: Sequence[Mapping[str, Any]]) -> bool:
+    """Go on with a return that could not drain its node, with the Spot node it launched then; False when another plan
+    runs in the cluster, or it is not over."""
+    values = {"plan_id": plan_id, "reason": reason, "evidence": to_json(evidence)}
+    return (await conn.execute(_RESUME, values)).one_or_none() is not None
 
 
 async def begin(conn: AsyncConnection, plan: Mapping[str, Any]) -> bool:
@@ -169,6 +217,7 @@ class Plan:
     intent_id: UUID
     launch: str
     launch_reason: str | None
+    drain_key: str
     drain: str | None
     drained_at: datetime | None
     terminating: bool
@@ -183,7 +232,7 @@ class Plan:
 _RUNNING = text(f"""
     SELECT p.id, p.customer_id, p.cluster_id, c.region, l.requirements ->> 'instance_id' AS instance_id,
            l.requirements ->> 'node_name' AS node_name, l.id AS intent_id, l.state AS launch, l.reason AS launch_reason,
-           t.state AS drain, t.finished_at AS drained_at, s.state = 'running' AS terminating,
+           d.effect_key AS drain_key, t.state AS drain, t.finished_at AS drained_at, s.state = 'running' AS terminating,
            o.id IS NULL OR o.terminated_at IS NOT NULL AS old_gone,
            coalesce(o.status = 'cordoned', false) AS old_cordoned,
            coalesce(n.status = 'ready' AND n.terminated_at IS NULL, false) AS new_ready,
@@ -193,8 +242,9 @@ _RUNNING = text(f"""
     JOIN customers m ON m.id = p.customer_id
     JOIN launch_intents l ON l.customer_id = p.customer_id AND l.plan_id = p.id
     JOIN plan_steps s ON s.plan_id = p.id AND s.kind = 'terminate'
+    JOIN plan_steps d ON d.plan_id = p.id AND d.kind = 'drain'
     LEFT JOIN agent_tasks t ON t.customer_id = p.customer_id AND t.cluster_id = p.cluster_id
-        AND t.dedupe_key = 'plan:' || p.id || ':step:2'
+        AND t.dedupe_key = d.effect_key
     LEFT JOIN nodes o ON o.cluster_id = p.cluster_id AND o.instance_id = l.requirements ->> 'instance_id'
     LEFT JOIN LATERAL (
         SELECT instance_id FROM launch_attempts a WHERE a.intent_id = l.id ORDER BY attempt_no DESC LIMIT 1
@@ -212,19 +262,30 @@ async def running(conn: AsyncConnection, *, limit: int) -> list[Plan]:
 
 
 _STEP = text("""
-    UPDATE plan_steps SET state = :state, version = version + 1,
-        started_at = CASE WHEN :state = 'running' THEN coalesce(started_at, now()) ELSE started_at END,
-        finished_at = CASE WHEN :state IN ('done', 'failed', 'skipped') THEN now() ELSE finished_at END
-    WHERE plan_id = :plan_id AND step_no = :step_no AND state <> :state
+    WITH moved AS (
+        UPDATE plan_steps SET state = :state, version = version + 1,
+            started_at = CASE WHEN :state = 'running' THEN coalesce(started_at, now()) ELSE started_at END,
+            finished_at = CASE WHEN :state IN ('done', 'failed', 'skipped') THEN now() ELSE finished_at END
+        WHERE plan_id = :plan_id AND step_no = :step_no AND state <> :state
+        RETURNING plan_id, kind, state
+    ), plan AS (
+        UPDATE optimization_history p SET version = p.version + 1 FROM moved WHERE p.id = moved.plan_id
+        RETURNING p.customer_id, p.id, p.version, p.status, moved.kind, moved.state
+    )
+    INSERT INTO plan_history (customer_id, plan_id, version, event, status, detail)
+    SELECT customer_id, id, version, kind || '_' || state, status, '{}' FROM plan
 """)
 _FINISH = text("""
-    UPDATE optimization_history SET status = :status, reason = :reason, finished_at = now(), version = version + 1
-    WHERE id = :plan_id AND status = 'running' RETURNING id
-""")
-_SKIP_REST = text("""
-    UPDATE plan_steps SET state = CASE WHEN state = 'running' THEN 'failed' ELSE 'skipped' END, finished_at = now(),
-        version = version + 1
-    WHERE plan_id = :plan_id AND state IN ('pending', 'running')
+    WITH plan AS (
+        UPDATE optimization_history SET status = :status, reason = :reason, finished_at = now(), version = version + 1
+        WHERE id = :plan_id AND status = 'running' RETURNING customer_id, id, version, status
+    ), steps AS (
+        UPDATE plan_steps s SET state = CASE WHEN s.state = 'running' THEN 'failed' ELSE 'skipped' END,
+            finished_at = now(), version = s.version + 1
+        FROM plan WHERE s.plan_id = plan.id AND s.state IN ('pending', 'running')
+    )
+    INSERT INTO plan_history (customer_id, plan_id, version, event, status, detail)
+    SELECT customer_id, id, version, 'ended', status, jsonb_build_object('reason', CAST(:reason AS text)) FROM plan
 """)
 
 
@@ -234,10 +295,8 @@ async def step(conn: AsyncConnection, plan_id: UUID, step_no: int, state: str) -
 
 
 async def finish(conn: AsyncConnection, plan: Plan, *, status: str, reason: str) -> None:
-    """End a plan: what was under way has failed, what was to come is skipped; those who listen are told."""
-    if (await conn.execute(_FINISH, {"plan_id": plan.id, "status": status, "reason": reason})).one_or_none() is None:
-        return
-    await conn.execute(_SKIP_REST, {"plan_id": plan.id})
+    """End a plan: what was under way has failed, what was to come is skipped."""
+    await conn.execute(_FINISH, {"plan_id": plan.id, "status": status, "reason": reason})
 
 
 _PLANS = text("""
@@ -248,6 +307,9 @@ _PLANS = text("""
            (SELECT jsonb_agg(jsonb_build_object('step_no', s.step_no, 'kind', s.kind, 'state', s.state,
                 'started_at', s.started_at, 'finished_at', s.finished_at) ORDER BY s.step_no)
             FROM plan_steps s WHERE s.plan_id = p.id) AS steps,
+           (SELECT coalesce(jsonb_agg(jsonb_build_object('version', h.version, 'at', h.at, 'event', h.event,
+                'state', h.status, 'detail', h.detail) ORDER BY h.version), '[]')
+            FROM plan_history h WHERE h.plan_id = p.id) AS history,
            (SELECT a.instance_id FROM launch_attempts a WHERE a.intent_id = l.id ORDER BY attempt_no DESC LIMIT 1)
                AS spot_instance_id
     FROM optimization_history p JOIN launch_intents l ON l.customer_id = p.customer_id AND l.plan_id = p.id

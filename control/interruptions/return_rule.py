@@ -47,6 +47,9 @@ class StandIn:
     nodes: int
     nodes_disturbed: int
     nodes_on_demand: int
+    # The Spot node of an earlier return that could not move this node's pods: it is used, never doubled.
+    spare_instance_id: str | None = None
+    spare_ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,12 @@ def _cluster_checks(node: StandIn, config: Mapping[str, Any], now: datetime) -> 
             age_minutes >= SETTLED.total_seconds() / 60,
             f"Ready for {age_minutes:.0f} min",
             f"{SETTLED.total_seconds() / 60:.0f} min",
+        ),
+        Check(
+            "spare_node",
+            node.spare_instance_id is None or node.spare_ready,
+            "none" if node.spare_instance_id is None else f"{node.spare_instance_id} of an earlier return",
+            "none, or Ready: it is used again",
         ),
         Check(
             "no_recent_failure",

@@ -114,6 +114,8 @@ async def consider(launcher: Launcher) -> int:
 async def _begin(conn: AsyncConnection, found: Judged, now: datetime) -> bool:
     pool, node, row = found.verdict.pool, found.node, found.row
     assert pool is not None
+    if row.spare_plan_id is not None:
+        return await _resume(conn, found)
     plan_id = new_id()
     target = {"instance_type": pool.instance_type, "availability_zone": pool.availability_zone}
     parameters = {"instance_id": node.instance_id, "node_name": row.node_name}
@@ -159,6 +161,20 @@ async def _begin(conn: AsyncConnection, found: Judged, now: datetime) -> bool:
             [_event("optimization.started", row.customer_id, plan_id, row.id, {})],
         )
     return begun
+
+
+async def _resume(conn: AsyncConnection, found: Judged) -> bool:
+    row = found.row
+    reason = f"{found.node.instance_id} back to Spot, once more: to {row.spare_instance_id}, launched the first time"
+    resumed = await return_repository.resume(
+        conn, row.spare_plan_id, reason=reason, evidence=found.verdict.as_evidence()
+    )
+    if resumed:
+        metrics.RETURNS.labels("resumed").inc()
+        log.info("return.resumed", customer_id=str(row.customer_id), cluster_id=str(row.id), reason=reason)
+        event = _event("optimization.started", row.customer_id, row.spare_plan_id, row.id, {})
+        await repository.insert_outbox(conn, [event])
+    return resumed
 
 
 async def advance(launcher: Launcher) -> int:
@@ -288,7 +304,7 @@ def _drain(plan: Plan, now: datetime) -> NewTask:
             "grace_seconds": GRACE_SECONDS,
             "force_at_deadline": False,
         },
-        dedupe_key=f"plan:{plan.id}:step:2",
+        dedupe_key=plan.drain_key,
         deadline_at=now + DRAIN_LEAD,
     )
 
@@ -299,5 +315,5 @@ def _uncordon(plan: Plan) -> NewTask:
         cluster_id=plan.cluster_id,
         task_type=TaskType.UNCORDON_NODE,
         parameters={"node_name": plan.node_name, "instance_id": plan.instance_id},
-        dedupe_key=f"plan:{plan.id}:step:-2",
+        dedupe_key=plan.drain_key.replace(":step:2", ":step:-2"),
     )

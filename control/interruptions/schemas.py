@@ -73,7 +73,7 @@ class InterruptionList(BaseModel):
 
 
 class HistoryEntry(Answer):
-    """One version of an interruption."""
+    """One version of an interruption, or of a plan."""
 
     version: int
     at: datetime
@@ -226,6 +226,7 @@ class ReturnPlan(Answer):
     created_at: datetime
     finished_at: datetime | None
     steps: list[ReturnStep]
+    history: list[HistoryEntry]
     evidence: list[ReturnCheck]
 
 

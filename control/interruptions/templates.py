@@ -21,6 +21,15 @@ TAG_BATCH = "cloudoptim:batch"
 _OUR_TAGS = (TAG_MANAGED, TAG_TENANT, TAG_CLUSTER, TAG_BATCH)
 # Tags of groups that would adopt or end an instance they did not launch.
 _FOREIGN_TAG_PREFIXES = ("aws:", "eks:", "karpenter.sh/", "karpenter.k8s.aws/", "cloudoptim:")
+# What names the group an instance was launched by.
+_GROUP_TAGS = (
+    "aws:autoscaling:groupName",
+    "eks:nodegroup-name",
+    "karpenter.sh/nodepool",
+    "karpenter.k8s.aws/ec2nodeclass",
+    "aws:ec2launchtemplate:id",
+    "aws:ec2launchtemplate:version",
+)
 
 
 def template_of(instance: Mapping[str, Any], subnets: Mapping[str, str], user_data: str | None) -> dict[str, Any]:
@@ -50,6 +59,20 @@ def template_of(instance: Mapping[str, Any], subnets: Mapping[str, str], user_da
     if user_data:
         template["user_data"] = user_data
     return template
+
+
+def user_data_group(instance: Mapping[str, Any]) -> tuple[str, ...]:
+    """Instances of one cluster that share their user data: same group, image, profile and security groups.
+
+    Node groups of one image and profile may differ by nothing but their user data (labels, taints, the cluster they
+    join), so whatever names a group or a cluster tells them apart.
+    """
+    tags = tags_of(instance)
+    group = tuple(f"{name}={tags[name]}" for name in _GROUP_TAGS if tags.get(name))
+    clusters = tuple(sorted(name for name in tags if name.startswith("kubernetes.io/cluster/")))
+    profile = str(instance.get("IamInstanceProfile", {}).get("Arn"))
+    security = tuple(sorted(item["GroupId"] for item in instance.get("SecurityGroups", [])))
+    return (instance["ImageId"], profile, *security, *clusters, *group)
 
 
 def fingerprint(template: Mapping[str, Any]) -> str:

@@ -25,10 +25,15 @@ async def unwanted_intents(conn: AsyncConnection, *, limit: int) -> list[UUID]:
 
 
 _STOP_PLANS = text(f"""
-    UPDATE optimization_history p SET stop_requested_at = now()
-    FROM clusters c, customers m
-    WHERE c.id = p.cluster_id AND m.id = p.customer_id AND {_GONE}
-      AND p.status IN ('running', 'compensating') AND p.stop_requested_at IS NULL
+    WITH plan AS (
+        UPDATE optimization_history p SET stop_requested_at = now(), version = p.version + 1
+        FROM clusters c, customers m
+        WHERE c.id = p.cluster_id AND m.id = p.customer_id AND {_GONE}
+          AND p.status IN ('running', 'compensating') AND p.stop_requested_at IS NULL
+        RETURNING p.customer_id, p.id, p.version, p.status
+    )
+    INSERT INTO plan_history (customer_id, plan_id, version, event, status, detail)
+    SELECT customer_id, id, version, 'stop_requested', status, '{{}}' FROM plan
 """)
 
 

@@ -241,6 +241,11 @@ INVARIANTS = {
             SELECT i.id FROM interruptions i JOIN interruption_history h ON h.interruption_id = i.id
             WHERE i.received_at > now() - interval '1 day'
             GROUP BY i.id, i.version HAVING count(*) <> i.version) holed""",
+    "plan_history_with_holes": """
+        SELECT count(*) FROM (
+            SELECT p.id FROM optimization_history p LEFT JOIN plan_history h ON h.plan_id = p.id
+            WHERE p.optimization_type = 'return_to_spot' AND p.created_at > now() - interval '1 day'
+            GROUP BY p.id, p.version HAVING count(h.version) <> p.version) holed""",
     "task_without_drain_offer": """
         SELECT count(*) FROM interruptions i JOIN agent_tasks t ON t.interruption_id = i.id
         JOIN clusters c ON c.id = t.cluster_id

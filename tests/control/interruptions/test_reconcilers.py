@@ -591,3 +591,27 @@ async def test_events_that_are_ignored_or_scored_move_nothing(
     assert len(await stage.tenant.rows("SELECT 1 FROM spot_events")) == 2
     rows = await stage.tenant.rows("SELECT rebalances, interruptions FROM pool_standings")
     assert [tuple(row) for row in rows] == points
+
+
+async def test_two_node_groups_of_one_image_are_launched_with_their_own_user_data(
+    stage: Stage, launcher: Launcher
+) -> None:
+    first, second, third = await stage.launch_nodes(3)
+    groups = {first: "blue", second: "green", third: "green"}
+    for instance, group in groups.items():
+        stage.aws._instances.by_id[instance].tags["eks:nodegroup-name"] = group
+        stage.aws.inject(
+            Fault(
+                "rewrite",
+                action="DescribeInstanceAttribute",
+                match={"InstanceId": instance},
+                pattern=r"<userData\s*/>|<userData></userData>",
+                replacement=f"<userData><value>{group}</value></userData>",
+                count=None,
+            )
+        )
+    assert await missed.run_once(launcher) == 0
+    kept = await stage.tenant.rows("SELECT template ->> 'user_data' AS user_data, instance_ids FROM launch_templates")
+    learned = {instance: row.user_data for row in kept for instance in row.instance_ids}
+    assert learned == groups
+    assert len(stage.calls("DescribeInstanceAttribute")) == 2, "once a group"

@@ -15,7 +15,7 @@ from control.interruptions import closing, returning
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Limits, Market, TypeFacts
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import ready
+from control.interruptions.reconcilers import invariants, ready
 from control.interruptions.return_rule import (
     AFTER_FAILURE,
     Move,
@@ -90,6 +90,7 @@ def test_a_quiet_cheap_pool_takes_the_node_back_and_all_evidence_is_kept() -> No
         "not_stopped",
         "agent_seen",
         "settled",
+        "spare_node",
         "no_recent_failure",
     ]
     assert all(entry["found"] and entry["needed"] for entry in found.as_evidence())
@@ -129,6 +130,7 @@ DEAR = replace(MARKET, spot=dict.fromkeys(MARKET.spot, 0.09))
         ("agent_seen", {"node": replace(NODE, agent_seen_at=NOW - timedelta(minutes=3))}),
         ("agent_seen", {"node": replace(NODE, agent_seen_at=None)}),
         ("settled", {"node": replace(NODE, ready_at=NOW - timedelta(minutes=5))}),
+        ("spare_node", {"node": replace(NODE, spare_instance_id="i-0fedcba9876543210")}),
         ("no_recent_failure", {"node": replace(NODE, last_failure_at=NOW - AFTER_FAILURE / 2)}),
     ],
 )
@@ -351,6 +353,59 @@ async def test_a_drain_that_fails_gives_the_node_back(stage: Stage, launcher: La
     task = await stage.tenant.row("SELECT * FROM agent_tasks WHERE task_type = 'uncordon_node'")
     assert task.parameters["instance_id"] == old
     assert old in _running(stage)
+
+
+async def test_a_return_that_cannot_drain_uses_its_spot_node_again_and_never_adds_another(
+    stage: Stage, launcher: Launcher
+) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    stage.agent_works = False
+    kept = _running(stage)
+    assert len(kept) == 2
+    for tries in (1, 2):
+        assert await returning.advance(launcher) == 1
+        await stage.tenant.rows(
+            "UPDATE agent_tasks SET state = 'failed' WHERE task_type = 'drain_node' AND interruption_id IS NULL "
+            "AND state = 'queued' RETURNING 1"
+        )
+        assert await returning.advance(launcher) == 1
+        assert (await _plan(stage)).status == "stuck"
+        uncordons = await stage.tenant.rows("SELECT 1 FROM agent_tasks WHERE task_type = 'uncordon_node'")
+        assert len(uncordons) == tries
+        await _again(stage)
+        assert await returning.consider(launcher) == 0, "not before six hours"
+        await stage.tenant.rows("UPDATE optimization_history SET finished_at = now() - interval '7 hours' RETURNING 1")
+        await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
+        await _again(stage)
+        assert await returning.consider(launcher) == 1
+        assert (await _plan(stage)).status == "running"
+        assert await launcher.plan_round() == 0
+        assert _running(stage) == kept
+    stage.agent_works = True
+    await _advance_until_drained(stage, launcher)
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    assert await returning.advance(launcher) == 1
+    plan = await _plan(stage)
+    assert (plan.status, list(_running(stage).values())) == ("succeeded", ["spot"])
+    history = await stage.tenant.rows("SELECT version, event, status FROM plan_history ORDER BY version")
+    assert [row.version for row in history] == list(range(1, plan.version + 1))
+    once = [("launch_done", "running"), ("drain_running", "running"), ("ended", "stuck")]
+    again = [("resumed", "running"), ("drain_running", "running"), ("ended", "stuck")]
+    done = [
+        ("resumed", "running"),
+        ("drain_running", "running"),
+        ("drain_done", "running"),
+        ("terminate_running", "running"),
+        ("terminate_done", "running"),
+        ("ended", "succeeded"),
+    ]
+    assert [(row.event, row.status) for row in history] == [("begun", "running"), *once, *again, *done]
+    assert await invariants.run_once(launcher.runtime) == 0
+    await stage.tenant.rows("DELETE FROM plan_history WHERE version = 3 RETURNING 1")
+    await _again(stage)
+    assert await invariants.run_once(launcher.runtime) == 1
 
 
 async def test_an_old_node_that_lost_our_tag_is_never_ended(stage: Stage, launcher: Launcher) -> None:

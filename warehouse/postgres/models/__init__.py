@@ -21,7 +21,7 @@ from warehouse.postgres.models.interruptions import (
 )
 from warehouse.postgres.models.lake import LakeRelease
 from warehouse.postgres.models.metrics import DirtyPartition, MetricBatch, MetricSample, MetricsSummary
-from warehouse.postgres.models.optimization import OptimizationHistory, PlanStep
+from warehouse.postgres.models.optimization import OptimizationHistory, PlanHistory, PlanStep
 from warehouse.postgres.models.outbox import Notification, Outbox
 from warehouse.postgres.models.people import ApiKey, AuditLog, User, UserSession
 from warehouse.postgres.models.predictions import MlModel, PredictionRecord
@@ -61,6 +61,7 @@ __all__ = [
     "OptimizationHistory",
     "Outbox",
     "PartitionCoverage",
+    "PlanHistory",
     "PlanStep",
     "PoolStanding",
     "PredictionRecord",

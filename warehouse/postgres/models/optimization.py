@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, ForeignKeyConstraint, Index, UniqueConstraint, text
+from sqlalchemy import CheckConstraint, ForeignKeyConstraint, Index, UniqueConstraint, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from warehouse.postgres.models.base import Base, HasCreatedAt, HasId, one_of
@@ -68,6 +68,27 @@ class OptimizationHistory(HasId, HasCreatedAt, Base):
     executed_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     version: Mapped[int] = mapped_column(server_default="1")
+
+
+class PlanHistory(Base):
+    """Every change of a plan, versions 1..n without a hole, written with the change."""
+
+    __tablename__ = "plan_history"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["customer_id", "plan_id"],
+            ["optimization_history.customer_id", "optimization_history.id"],
+            ondelete="CASCADE",
+        ),
+    )
+
+    customer_id: Mapped[UUID]
+    plan_id: Mapped[UUID] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    event: Mapped[str]
+    status: Mapped[str]
+    detail: Mapped[dict[str, Any]]
 
 
 class PlanStep(Base):
