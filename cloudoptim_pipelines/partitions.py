@@ -101,6 +101,11 @@ def price_key(day: date, region: str) -> str:
     return f"{day.isoformat()}|{region}"
 
 
+def dagster_key(key: str) -> MultiPartitionKey:
+    """A day × region key as Dagster's own type, which its events need."""
+    return MultiPartitionKey(_dimensions(key))
+
+
 def range_tags(first: str, last: str) -> dict[str, str]:
     """Tags that make one run materialise every partition from ``first`` to ``last``."""
     return {RANGE_START: first, RANGE_END: last}

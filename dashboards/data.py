@@ -651,6 +651,12 @@ class Data:
             limit=limit,
         )
 
+    def source_failures(self) -> dict[tuple[str, str], str]:
+        """What sources said that refused when they were last asked, by table and series. The platform's alone: AWS
+        names identities in it."""
+        rows = self._rows(None, "SELECT table_name, series, message FROM source_failures")
+        return {(row["table_name"], row["series"]): row["message"] for row in rows}
+
     def fills(self, customer_id: UUID, platform: bool, limit: int = 12) -> list[Mapping[str, Any]]:
         """Requests to fill gaps, newest first: the customer's own, or all for the platform."""
         return self._rows(

@@ -6,9 +6,10 @@ from enum import StrEnum
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import Field, model_validator
+from pydantic import Field, computed_field, model_validator
 
 from warehouse.contracts import Contract, UtcDatetime
+from warehouse.gap_reasons import REMEDIES
 
 MAX_PARTITIONS = 5_000
 PARTITION = r"^\d{4}-\d{2}-\d{2}(\|[a-z0-9-]{1,32})?$"
@@ -22,7 +23,10 @@ class FillableTable(StrEnum):
 
 
 class GapOut(Contract):
-    """One stretch of one series that should be there and is not."""
+    """One stretch of one series that should be there and is not.
+
+    ``remedy`` says what mends it; ``source_error`` is what the source answered when it was last asked and refused.
+    """
 
     id: UUID
     customer_id: UUID | None
@@ -38,6 +42,12 @@ class GapOut(Contract):
     found_at: UtcDatetime
     filled_at: UtcDatetime | None
     fill_id: UUID | None
+    source_error: str | None = None
+
+    @computed_field
+    def remedy(self) -> str:
+        """What mends it."""
+        return "" if self.state == "filled" else REMEDIES.get(self.reason, "")
 
 
 class DayCoverage(Contract):

@@ -19,6 +19,7 @@ from dashboards import plots
 from dashboards.api import ApiError
 from dashboards.data import Data
 from dashboards.shell import View, heading, live, offer, restore
+from warehouse.gap_reasons import REMEDIES
 
 log = logging.getLogger("cloudoptim.dashboards")
 
@@ -78,7 +79,7 @@ def build(view: View) -> Any:
         gaps = [gap for gap in view.data.gaps(view.customer_id, days) if wanted(chosen, gap)]
         coverage = [row for row in view.data.coverage_by_day(view.customer_id, days) if wanted(chosen, row)]
         ui.put(figures, headline(gaps, coverage, days))
-        ui.put(gap_rows, gap_table(gaps))
+        ui.put(gap_rows, gap_table(gaps, view.data.source_failures() if may_fill else {}))
         ui.put(fills, fill_table(view.data.fills(view.customer_id, view.login.platform_admin)))
         ui.put(links, ui.downloads("gaps", {"table": TABLES.get(chosen.table), "lookback": chosen.lookback}))
         button.disabled = not may_fill or bool(running) or not open_partitions(gaps)
@@ -191,7 +192,7 @@ def headline(gaps: Sequence[Mapping[str, Any]], coverage: Sequence[Mapping[str, 
                 f"{present:,} of {expected:,} points" if expected else "nothing written yet",
             ),
             ui.Kpi("Filled later", ui.count(len(filled)), "gaps, marked with their source"),
-            ui.Kpi("Cannot be filled", ui.count(len(lost)), "older than every source keeps"),
+            ui.Kpi("Cannot be filled", ui.count(len(lost)), "no run can bring them"),
         ]
     )
 
@@ -235,8 +236,12 @@ def calendar(coverage: Sequence[Mapping[str, Any]], days: int) -> Any:
     )
 
 
-def gap_table(gaps: Sequence[Mapping[str, Any]]) -> Markup:
-    """Gaps, those that can be filled first."""
+def gap_table(gaps: Sequence[Mapping[str, Any]], refusals: Mapping[tuple[str, str], str]) -> Markup:
+    """Gaps, those that can be filled first, with what mends each.
+
+    Args:
+        refusals: what sources said that refused, by table and series.
+    """
     if not gaps:
         return ui.empty("Nothing is missing", "Every expected point of the lookback is there.")
     order = {"open": 0, "filling": 1, "unfillable": 2, "filled": 3}
@@ -250,10 +255,19 @@ def gap_table(gaps: Sequence[Mapping[str, Any]]) -> Markup:
             ui.Column("Missing", lambda gap: f"{gap['missing_points']:,} of {gap['expected_points']:,}", number=True),
             ui.Column("Reason", lambda gap: gap["reason"].replace("_", " ")),
             ui.Column("State", lambda gap: ui.chip(gap["state"], STATES.get(gap["state"], ""))),
+            ui.Column("What mends it", lambda gap: remedy(gap, refusals)),
         ],
         rows[:TABLE_ROWS],
         caption=f"{TABLE_ROWS} of {len(rows)}; the download has all." if len(rows) > TABLE_ROWS else "",
     )
+
+
+def remedy(gap: Mapping[str, Any], refusals: Mapping[tuple[str, str], str]) -> str:
+    """What brings the gap's data, after what the source said when it refused."""
+    if gap["state"] == "filled":
+        return ""
+    said = refusals.get((gap["table_name"], gap["series"]), "")
+    return f"{said.rstrip('.')}. {REMEDIES.get(gap['reason'], '')}" if said else REMEDIES.get(gap["reason"], "")
 
 
 def fill_table(fills: Sequence[Mapping[str, Any]]) -> Markup:

@@ -33,6 +33,7 @@ from warehouse.postgres.models import (
     OnDemandPrice,
     PartitionCoverage,
     SavingsStatement,
+    SourceFailure,
     SpotPriceCurrent,
 )
 from warehouse.postgres.models.base import new_id
@@ -318,12 +319,23 @@ def fill_gaps(conn: Any, now: datetime, first: Fleet, second: Fleet) -> None:
                 "gap_end": start + timedelta(hours=hours),
                 "expected_points": 12 * hours,
                 "missing_points": 12 * hours - index,
-                "reason": "no_scrape" if customer else "api_error",
+                "reason": "no_scrape" if customer else "denied",
                 "state": state,
                 "filled_at": now - timedelta(hours=4) if state == "filled" else None,
             }
         )
     conn.execute(insert(DataGap), rows)
+    conn.execute(
+        insert(SourceFailure).values(
+            table_name="spot_prices",
+            series=REGION,
+            code="UnauthorizedOperation",
+            message="UnauthorizedOperation: You are not authorized",
+            denied=True,
+            asked_from=now,
+            failed_at=now,
+        )
+    )
     missing: dict[tuple[Any, str, str], int] = {}
     for row in rows:
         if row["state"] != "filled":

@@ -252,6 +252,7 @@ def test_a_platform_admin_changes_the_customer_and_sees_only_that_one(tab: Tab, 
 
 def test_filling_gaps_says_so_when_the_control_service_is_away(tab: Tab) -> None:
     tab.open("/gaps")
+    tab.see("You are not authorized. Allow ec2:DescribeSpotPriceHistory")
     tab.page.get_by_role("button", name="Fill gaps").click()
     tab.see("The gaps were not filled")
     tab.see("CLOUDOPTIM_CONTROL_URL")

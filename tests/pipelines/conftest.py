@@ -92,6 +92,7 @@ class World:
     folder: Path
     endpoint: str = ""
     now: datetime = NOW
+    aws: SandboxAWSThread | None = None
 
     def warehouse(self, **changes: Any) -> Warehouse:
         """The resource as the product has it, with this world's addresses and clock."""
@@ -250,7 +251,7 @@ def serve(world: World) -> Iterator[Callable[..., None]]:
         aws = SandboxAWSThread(SandboxConfig(market=ReplayMarket(folder, world.now, speed=0)))
         aws.start()
         running.append(aws)
-        world.endpoint = aws.url
+        world.endpoint, world.aws = aws.url, aws
 
     yield start
     for aws in running:

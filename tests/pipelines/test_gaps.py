@@ -12,7 +12,8 @@ import pytest
 
 from cloudoptim_pipelines.coverage import Coverage
 from cloudoptim_pipelines.defs.gaps.finder import AWS_KEEPS, daily_rhythm, expected_slots, match_slots, price_gaps
-from tests.pipelines.conftest import World, at, price
+from control.sandbox.aws import Fault
+from tests.pipelines.conftest import World, add_tenant, at, price
 
 DAY = timedelta(days=1)
 FIRST = datetime(2026, 3, 1, tzinfo=UTC)
@@ -182,3 +183,62 @@ def test_a_fill_ends_with_its_last_partition_whatever_runs_wrote_them(world: Wor
     done = world.sql("SELECT state, records_filled, finished_at FROM gap_fills")[0]
     assert (done["state"], done["records_filled"]) == ("succeeded", 2)
     assert done["finished_at"] is not None
+
+
+def unfilled(world: World, series: str) -> list[tuple[int, str, str]]:
+    """Day, reason and state of a region's gaps that are still there."""
+    rows = world.sql(
+        "SELECT gap_start, reason, state FROM data_gaps WHERE series = :s AND state <> 'filled' ORDER BY gap_start",
+        s=series,
+    )
+    return [(row["gap_start"].day, row["reason"], row["state"]) for row in rows]
+
+
+def test_a_region_denied_from_its_first_day_is_missing_with_that_reason_and_holds_up_no_other(
+    world: World, serve
+) -> None:
+    days = range(16, 21)
+    serve(
+        [price(at(day, 1), "m5.large", 0.03) for day in days]
+        + [price(at(day, 1), "m5.large", 0.03, zone="euw1-az1", region="eu-west-1") for day in days]
+    )
+    add_tenant(world, created_at=at(18, 6), region="eu-west-1")
+    assert world.aws is not None
+    world.aws.inject(
+        Fault(
+            "error",
+            action="DescribeSpotPriceHistory",
+            region="eu-west-1",
+            count=None,
+            code="UnauthorizedOperation",
+            message="You are not authorized to perform this operation.",
+            status=403,
+        )
+    )
+    with pytest.raises(dg.Failure, match=r"eu-west-1: .*UnauthorizedOperation") as failed:
+        world.run(["spot_prices"], "2026-11-19|eu-west-1", "2026-11-20|us-east-1")
+    assert not failed.value.allow_retries, "asking again changes nothing until somebody allows it"
+    assert [row["partition_key"] for row in world.sql("SELECT partition_key FROM partition_coverage ORDER BY 1")] == [
+        "2026-11-19|us-east-1",
+        "2026-11-20|us-east-1",
+    ]
+    # Since the cluster there needs prices, and until the last refresh was due.
+    assert unfilled(world, "eu-west-1") == [(day, "denied", "open") for day in (18, 19, 20)]
+    world.run_unpartitioned(["data_gaps"])
+    assert unfilled(world, "eu-west-1") == [(day, "denied", "open") for day in (18, 19, 20)]
+    # Allowed again: one day read is one gap less, what was missing before it stays missing.
+    world.aws.clear_faults()
+    world.run(["spot_prices"], "2026-11-20|eu-west-1")
+    assert unfilled(world, "eu-west-1") == [(day, "api_error", "open") for day in (18, 19)]
+    world.run(["spot_prices"], "2026-11-18|eu-west-1", "2026-11-19|eu-west-1")
+    assert unfilled(world, "eu-west-1") == []
+    assert world.sql("SELECT * FROM source_failures") == []
+
+
+def test_a_cluster_in_a_region_whose_prices_nobody_reads_is_a_gap_until_it_is_gone(world: World) -> None:
+    tenant = add_tenant(world, created_at=at(19, 6), region="ap-south-1")
+    world.run_unpartitioned(["data_gaps"])
+    assert unfilled(world, "ap-south-1") == [(day, "not_configured", "unfillable") for day in (19, 20)]
+    world.sql("UPDATE clusters SET status = 'deleted' WHERE id = :id", id=tenant.cluster_id)
+    world.run_unpartitioned(["data_gaps"])
+    assert world.sql("SELECT * FROM data_gaps") == []

@@ -14,8 +14,12 @@ from statistics import median
 from uuid import UUID
 
 from cloudoptim_pipelines.coverage import Coverage
+from cloudoptim_pipelines.defs.gaps.needs import Need
 from cloudoptim_pipelines.defs.metrics import windows
 from cloudoptim_pipelines.partitions import DAY, DayRange, day_start, price_key
+from warehouse.gap_reasons import AGENT_AWAY, DID_NOT_EXIST, NO_SCRAPE, TOO_OLD, UNFILLABLE
+
+PRICES = "spot_prices"
 
 # What AWS keeps of Spot prices; older holes cannot be filled from it.
 AWS_KEEPS = timedelta(days=90)
@@ -34,8 +38,9 @@ DAYS_FOR_A_RHYTHM = 7
 class Gap:
     """A stretch of one series that should be there and is not.
 
-    ``reason`` is one of no_scrape (the sampler missed it), agent_away, api_error (we did not get it), did_not_exist
-    (before the first data), too_old (no source keeps it any more). ``fillable`` says whether a run may bring it back.
+    ``reason`` is one of no_scrape (the sampler missed it), agent_away, api_error (we did not get it), denied (the
+    source refuses us), not_configured (a cluster needs a region that nobody reads), did_not_exist (before the first
+    data), too_old (no source keeps it any more). ``fillable`` says whether a run may bring it back.
     """
 
     table_name: str
@@ -50,21 +55,30 @@ class Gap:
 
     @property
     def fillable(self) -> bool:
-        """False when no source can have it any more."""
-        return self.reason not in ("too_old", "did_not_exist")
+        """False when no run can bring it back as things are."""
+        return self.reason not in UNFILLABLE
 
 
-def price_gaps(rows: Sequence[Coverage], *, now: datetime) -> list[Gap]:
+def price_gaps(rows: Sequence[Coverage], *, now: datetime, need: Need | None = None) -> list[Gap]:
     """Gaps of one region's Spot prices; points are minutes, for snapshots the snapshots.
 
-    Expected is every minute from the first day there is a partition of until the last refresh was due, and, where
-    prices come as snapshots in a daily rhythm, every snapshot of the rhythm.
+    Expected is every minute from the first day there is a partition of, or from when on the region is needed, until the
+    last refresh was due, and, where prices come as snapshots in a daily rhythm, every snapshot of the rhythm.
+
+    Args:
+        rows: the region's coverage, all of it; none when nothing was ever read.
+        need: since when the region is needed and why it may be missing.
     """
-    if not rows:
-        return []
-    table, region = rows[0].table_name, rows[0].series
+    if need is None:
+        if not rows:
+            return []
+        need = Need(rows[0].series)
+    table, region = PRICES, need.region
     by_day = {date.fromisoformat(row.partition_key[:10]): row for row in rows}
-    first, today = min(by_day), now.astimezone(UTC).date()
+    needed_from = need.since.astimezone(UTC).date() if need.since else None
+    if not by_day and needed_from is None:
+        return []
+    first, today = min([*by_day, *([needed_from] if needed_from else [])]), now.astimezone(UTC).date()
     gaps: list[Gap] = []
 
     def add(day: date, start: datetime, end: datetime, reason: str) -> None:
@@ -72,16 +86,16 @@ def price_gaps(rows: Sequence[Coverage], *, now: datetime) -> list[Gap]:
         if minutes > 0:
             gaps.append(Gap(table, region, price_key(day, region), start, end, 24 * 60, minutes, reason))
 
-    for day in DayRange(first, max(today, max(by_day))).days():
+    for day in DayRange(first, max([today, *by_day])).days():
         start, end = day_start(day), day_start(day) + DAY
-        lost = "too_old" if end < now - AWS_KEEPS else "api_error"
+        lost = TOO_OLD if end < now - AWS_KEEPS else need.why(end)
         due = min(end, now - REFRESH_GRACE)
         row = by_day.get(day)
         if row is None or row.present == 0:
             add(day, start, due, lost)
             continue
         if row.start > start:
-            add(day, start, row.start, "did_not_exist" if day == first else lost)
+            add(day, start, row.start, DID_NOT_EXIST if day == first else lost)
         if row.end < due:
             add(day, row.end, due, lost)
     return gaps + snapshot_gaps(table, region, [by_day[day] for day in sorted(by_day)])
@@ -100,7 +114,7 @@ def snapshot_gaps(table: str, region: str, rows: Sequence[Coverage]) -> list[Gap
         if index not in taken:
             end = slots[index + 1] if index + 1 < len(slots) else slot + DAY / len(rhythm)
             key = price_key(slot.date(), region)
-            gaps.append(Gap(table, region, key, slot, end, len(rhythm), 1, "no_scrape"))
+            gaps.append(Gap(table, region, key, slot, end, len(rhythm), 1, NO_SCRAPE))
     return gaps
 
 
@@ -179,7 +193,7 @@ def metric_gaps(rows: Sequence[Coverage]) -> list[Gap]:
                     stop,
                     until - first,
                     end - begin,
-                    "agent_away" if known else "did_not_exist",
+                    AGENT_AWAY if known else DID_NOT_EXIST,
                     row.customer_id,
                 )
             )

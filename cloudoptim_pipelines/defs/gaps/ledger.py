@@ -11,7 +11,8 @@ from uuid import UUID
 from sqlalchemy import Connection, insert, text
 
 from cloudoptim_pipelines import coverage, stale
-from cloudoptim_pipelines.defs.gaps.finder import Gap, metric_gaps, price_gaps
+from cloudoptim_pipelines.defs.gaps.finder import PRICES, Gap, metric_gaps, price_gaps
+from cloudoptim_pipelines.defs.gaps.needs import price_needs
 from cloudoptim_pipelines.partitions import DayRange
 from cloudoptim_pipelines.policies import FILL_TAG
 from warehouse.postgres.models import Outbox, new_id
@@ -43,6 +44,8 @@ _OPEN = text(
         missing_points = excluded.missing_points, reason = excluded.reason,
         state = CASE
             WHEN excluded.state = 'unfillable' THEN 'unfillable'
+            -- what made it unfillable was mended
+            WHEN data_gaps.state = 'unfillable' AND data_gaps.reason <> excluded.reason THEN excluded.state
             WHEN data_gaps.state = 'filled' THEN 'open'
             ELSE data_gaps.state
         END,
@@ -51,14 +54,28 @@ _OPEN = text(
 )
 
 
-def find(rows: Sequence[coverage.Coverage], *, now: datetime) -> list[Gap]:
-    """All gaps of one table's coverage rows."""
-    gaps: list[Gap] = []
-    ordered = sorted(rows, key=lambda row: (row.table_name, row.series, row.partition_key))
-    for (table, _), group in groupby(ordered, key=lambda row: (row.table_name, row.series)):
-        series = list(group)
-        gaps += price_gaps(series, now=now) if table == "spot_prices" else metric_gaps(series)
-    return gaps
+# Nothing was ever read of it and nobody needs it any more: nothing is missing.
+_FORGET = text(
+    """
+    DELETE FROM data_gaps
+    WHERE table_name = :table_name AND state <> 'filled' AND NOT (series = ANY(CAST(:needed AS text[])))
+    """
+)
+
+
+def _found(
+    connection: Connection, table_name: str, rows: Sequence[coverage.Coverage], now: datetime
+) -> dict[str, list[Gap]]:
+    """Gaps by series, an empty list for a series that lacks nothing. A series nothing was read of may be needed too."""
+    by_series = {
+        series: list(group)
+        for series, group in groupby(sorted(rows, key=lambda row: row.series), key=lambda row: row.series)
+    }
+    if table_name != PRICES:
+        return {series: metric_gaps(group) for series, group in by_series.items()}
+    needs = price_needs(connection, table_name, by_series)
+    connection.execute(_FORGET, {"table_name": table_name, "needed": [need.region for need in needs]})
+    return {need.region: price_gaps(by_series.get(need.region, []), now=now, need=need) for need in needs}
 
 
 def sync(connection: Connection, table_name: str, *, now: datetime, keys: Sequence[str] | None = None) -> list[Gap]:
@@ -70,10 +87,8 @@ def sync(connection: Connection, table_name: str, *, now: datetime, keys: Sequen
         keys: only these partitions (metrics: their grid does not depend on other days).
     """
     rows = coverage.load(connection, table_name, keys=keys)
-    gaps = find(rows, now=now)
-    by_series: dict[str, list[Gap]] = {row.series: [] for row in rows}
-    for gap in gaps:
-        by_series[gap.series].append(gap)
+    by_series = _found(connection, table_name, rows, now)
+    gaps = [gap for found in by_series.values() for gap in found]
     where = {"table_name": table_name, "series": sorted(by_series), "keys": None if keys is None else list(keys)}
     before = {(row.series, row.gap_start, row.gap_end) for row in connection.execute(_MISSING, where)}
     changed = before ^ {(gap.series, gap.start, gap.end) for gap in gaps}

@@ -12,13 +12,13 @@ import pyarrow as pa
 from sqlalchemy import text
 
 from cloudoptim_pipelines import coverage
-from cloudoptim_pipelines.defs.gaps import ledger
+from cloudoptim_pipelines.defs.gaps import ledger, needs
 from cloudoptim_pipelines.defs.spot_prices import shape
 from cloudoptim_pipelines.merging import merge
-from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, price_key, ranges_by_region
+from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, dagster_key, price_key, ranges_by_region
 from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
-from control.gateways.spot_prices import SCHEMA, FetchReport, fetch_spot_prices
+from control.gateways.spot_prices import SCHEMA, FetchReport, SpotPriceError, fetch_spot_prices
 from warehouse.lake.query import LakeReader
 from warehouse.lake.store import PartitionWrite
 
@@ -61,11 +61,18 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
     """Every change of every Spot price of a region and day, as AWS's price history tells it, USD per instance hour."""
     reader = warehouse.reader
     total = _Outcome()
-    for region, ranges in ranges_by_region(context.partition_keys).items():
-        for part in (chunk for days in ranges for chunk in days.chunks(CHUNK_DAYS)):
-            outcome = _ingest(warehouse, reader, region, part, context.run.run_id)
-            total.add(outcome)
-            context.log.info(f"{region} {part.first}..{part.last}: {outcome.totals['rows']} rows")
+    refusals: dict[str, SpotPriceError] = {}
+    asked = ranges_by_region(context.partition_keys)
+    for region, ranges in asked.items():
+        try:
+            for part in (chunk for days in ranges for chunk in days.chunks(CHUNK_DAYS)):
+                outcome = _ingest(warehouse, reader, region, part, context.run.run_id)
+                total.add(outcome)
+                context.log.info(f"{region} {part.first}..{part.last}: {outcome.totals['rows']} rows")
+        except SpotPriceError as error:
+            refusals[region] = error
+            context.log.error(f"{region}: {error}")
+        _remember(warehouse, region, refusals.get(region), ranges)
     with warehouse.database.system() as connection:
         gaps = ledger.sync(connection, TABLE, now=warehouse.now())
         ledger.record(
@@ -75,7 +82,40 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
             sources=sorted(total.sources),
             now=warehouse.now(),
         )
+    if refusals:
+        # The other regions' partitions were written, and Dagster is to know it.
+        for fact in total.facts:
+            context.log_event(dg.AssetMaterialization(TABLE, partition=dagster_key(fact.key)))
+        raise dg.Failure(
+            "; ".join(f"{region}: {error}" for region, error in sorted(refusals.items())),
+            allow_retries=not all(_denied(error) for error in refusals.values()),
+        )
     return dg.MaterializeResult(metadata={**_metadata(total), "open_gaps": sum(gap.fillable for gap in gaps)})
+
+
+# Asking again changes nothing until somebody allows it. The other refusals are AWS's trouble, or ours, and pass.
+_DENIALS = frozenset(
+    {
+        "AccessDenied", "AuthFailure", "Blocked", "ExpiredToken", "InvalidClientTokenId", "NoCredentials",
+        "OptInRequired", "PendingVerification", "SignatureDoesNotMatch", "UnauthorizedOperation",
+        "UnsupportedOperation",
+    }
+)  # fmt: skip
+
+
+def _denied(error: SpotPriceError) -> bool:
+    return error.code in _DENIALS
+
+
+def _remember(warehouse: Warehouse, region: str, error: SpotPriceError | None, ranges: Sequence[DayRange]) -> None:
+    """Whether the region answers: why its prices are missing, for the gaps."""
+    with warehouse.database.system() as connection:
+        if error is None:
+            needs.answered(connection, TABLE, region)
+        else:
+            since = min(days.start for days in ranges)
+            denied = _denied(error)
+            needs.failed(connection, TABLE, region, error, denied=denied, since=since, now=warehouse.now())
 
 
 @dataclass(slots=True)

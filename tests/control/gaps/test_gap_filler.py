@@ -95,6 +95,9 @@ async def test_strangers_and_other_roles_are_refused(filler: Api) -> None:
 async def test_one_gap_is_filled_from_the_api_and_one_from_dagsters_page(filler: Api, with_gaps: Stack) -> None:
     gaps = await open_gaps(filler)
     assert [gap["partition_key"] for gap in gaps][:7] == [key(offset) for offset in range(-8, -1)]
+    assert {(gap["reason"], gap["remedy"][:12], gap["source_error"]) for gap in gaps} == {
+        ("api_error", "Fill the gap", None)
+    }
     started = time.monotonic()
     fill = await filler.ok("POST", "/admin/gap-filler/fill", json={"gap_ids": [gaps[0]["id"], gaps[1]["id"]]})
     assert fill["state"] == "running"

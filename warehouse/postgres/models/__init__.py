@@ -3,7 +3,7 @@
 from warehouse.postgres.models.base import Base, new_id
 from warehouse.postgres.models.clusters import Cluster, Node
 from warehouse.postgres.models.customers import Customer, CustomerConfig, IntakeHealth
-from warehouse.postgres.models.gaps import DataGap, GapFill, PartitionCoverage
+from warehouse.postgres.models.gaps import DataGap, GapFill, PartitionCoverage, SourceFailure
 from warehouse.postgres.models.interruptions import (
     AdoptedInstance,
     InboxMessage,
@@ -68,6 +68,7 @@ __all__ = [
     "RefusedEnding",
     "RoundClaim",
     "SavingsStatement",
+    "SourceFailure",
     "SpotEventRecord",
     "SpotPriceCurrent",
     "TaskReport",

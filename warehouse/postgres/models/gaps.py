@@ -58,6 +58,24 @@ class GapFill(HasId, HasCreatedAt, Base):
     finished_at: Mapped[datetime | None]
 
 
+class SourceFailure(Base):
+    """Why a series could not be read when its source was last asked; gone as soon as it answers.
+
+    ``denied``: asking again changes nothing until somebody allows it. ``asked_from`` is the earliest moment that was
+    asked for in vain.
+    """
+
+    __tablename__ = "source_failures"
+
+    table_name: Mapped[str] = mapped_column(primary_key=True)
+    series: Mapped[str] = mapped_column(primary_key=True)
+    code: Mapped[str]
+    message: Mapped[str]
+    denied: Mapped[bool]
+    asked_from: Mapped[datetime]
+    failed_at: Mapped[datetime]
+
+
 class PartitionCoverage(Base):
     """What one partition of one series holds, kept when it is written, so that looking for gaps reads kilobytes.
 
