@@ -16,8 +16,8 @@ from warehouse.postgres.models import new_id
 _GAP_COLUMNS = (
     "id, customer_id, table_name, series, partition_key, gap_start, gap_end, expected_points, missing_points, reason, "
     "state, found_at, filled_at, fill_id, "
-    "(SELECT f.message FROM source_failures f WHERE (f.table_name, f.series) = (data_gaps.table_name, data_gaps.series) "
-    "AND data_gaps.state <> 'filled') AS source_error"
+    "(SELECT f.message FROM source_failures f WHERE data_gaps.state <> 'filled' "
+    "AND (f.table_name, f.series) = (data_gaps.table_name, data_gaps.series)) AS source_error"
 )
 _GAP_FILTER = """
     gap_end > :start AND gap_start < :end

@@ -243,3 +243,35 @@ def test_prices_read_late_restate_the_days_statement(world: World, tenant: Tenan
     assert [row["revision"] for row in told] == list(range(1, len(told) + 1))
     assert told[-1]["actual_usd"] == Decimal("1.29")
     assert all(row["actual_usd"] == 0 for row in told[:-1])
+
+
+def paid_on(world: World, day: int) -> set[float]:
+    """Prices that a day's node hours were computed with."""
+    found = world.query(
+        "SELECT DISTINCT price_usd_per_hour AS usd FROM node_cost_hourly WHERE day = $d", d=at(day).date()
+    )
+    return {float(row["usd"]) for row in found}
+
+
+def test_no_day_keeps_a_stale_price_from_one_that_was_read_in_part_or_told_late(
+    world: World, tenant: Tenant, serve
+) -> None:
+    add_nodes(world, whole_day(tenant, 1))
+    # Quiet from five in the morning of the 18th on: the 19th begins with that price and changes at noon.
+    told = [*PRICES[:29], price(at(18, 5), "m5.large", 0.06), price(at(19, 12), "m5.large", 0.09)]
+    serve(told, ON_DEMAND)
+    read_prices(world, DAY, now=at(18, 3))
+    read_prices(world, "2026-11-19")
+    world.run(COSTS, "2026-11-19")
+    assert paid_on(world, 19) == {0.06, 0.09}
+    # AWS tells a change of the 18th late: it held until noon of the 19th, whose costs are computed again.
+    world.sql("DELETE FROM dirty_partitions")
+    serve([*told, price(at(18, 20), "m5.large", 0.07)], ON_DEMAND)
+    read_prices(world, DAY)
+    assert [day for table, day in marked(world) if table == "node_cost_hourly"] == [DAY, "2026-11-19"]
+    world.run(COSTS, DAY, "2026-11-19")
+    assert paid_on(world, 19) == {0.07, 0.09}
+    assert marked(world) == []
+    # Read again, nothing is new and nothing is stale.
+    read_prices(world, DAY, "2026-11-19")
+    assert marked(world) == []

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 from sqlalchemy import text
 
-from cloudoptim_pipelines import coverage
+from cloudoptim_pipelines import coverage, stale
 from cloudoptim_pipelines.defs.gaps import ledger, needs
 from cloudoptim_pipelines.defs.spot_prices import shape
 from cloudoptim_pipelines.merging import merge
@@ -28,6 +28,8 @@ CHUNK_DAYS = 31
 # Each run asks from a little before its first day: records published late are seen, and AWS adds by itself the last
 # change before the window, so the price at midnight is known.
 OVERLAP = timedelta(hours=1)
+
+_POOL = ["zone_id", "instance_type", "product"]
 
 _UPSERT_CURRENT = text(
     """
@@ -149,7 +151,8 @@ def _ingest(warehouse: Warehouse, reader: LakeReader, region: str, days: DayRang
         existing = _existing(reader, region, days.days())
         rows = merge(existing, fresh, shape.KEY)
         warehouse.publish([PartitionWrite(TABLE, {"day": days.days(), "region": region}, rows)], run_id)
-        _keep_prices_in_force(warehouse, reader, region, shape.before(cleaned.rows, days), run_id)
+        in_force = _keep_prices_in_force(warehouse, reader, region, shape.before(cleaned.rows, days), run_id)
+        _mark_stale(warehouse, reader, region, pl.concat([in_force, _new(existing, rows)]), days)
         priced_before = bool((cleaned.rows["ts"] <= days.start).any())
         facts = shape.day_facts(rows, region, days, asked_until=asked_until, priced_before=priced_before)
         with warehouse.database.system() as connection:
@@ -191,21 +194,82 @@ def list_prices(warehouse: Warehouse, region: str) -> pl.DataFrame:
 
 def _keep_prices_in_force(
     warehouse: Warehouse, reader: LakeReader, region: str, rows: pl.DataFrame, run_id: str
-) -> None:
-    """Write the prices in force when the days began into the days they are from, where nobody has read those days.
+) -> pl.DataFrame:
+    """Write the prices in force when the days began into the days they are from, where nobody has read that moment.
 
-    Without them a pool whose price did not change since would have no price. Such days stay uncovered: they are gaps.
+    Without them a pool whose price did not change since would have no price, or an older one. Such days stay as covered
+    as they were: what was not read of them is a gap. Returns the rows that were not known.
     """
     keys = {price_key(day, region): day for day in rows["ts"].dt.date().unique()}
     with warehouse.database.system() as connection:
-        read = {row.partition_key for row in coverage.load(connection, TABLE, keys=list(keys))}
-    days = sorted(day for key, day in keys.items() if key not in read)
+        read = coverage.load(connection, TABLE, keys=list(keys))
+    known = pl.any_horizontal(
+        pl.lit(False), *(pl.col("ts").is_between(row.start, row.end, closed="left") for row in read if row.present)
+    )
+    rows = rows.filter(~known)
+    days = sorted(rows["ts"].dt.date().unique())
     if not days:
-        return
+        return rows.select(*_POOL, "ts")
     with coverage.partition_locks(warehouse.database, TABLE, [price_key(day, region) for day in days]):
-        kept = rows.filter(pl.col("ts").dt.date().is_in(days))
-        merged = merge(_existing(reader, region, days), kept, shape.KEY)
-        warehouse.publish([PartitionWrite(TABLE, {"day": days, "region": region}, merged)], run_id)
+        existing = _existing(reader, region, days)
+        merged = merge(existing, rows, shape.KEY)
+        new = _new(existing, merged)
+        if not new.is_empty():
+            warehouse.publish([PartitionWrite(TABLE, {"day": days, "region": region}, merged)], run_id)
+    return new
+
+
+def _new(existing: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    """Prices among ``rows`` that ``existing`` did not hold, as their pools and times."""
+    price = pl.col("price_usd_per_hour").cast(pl.Float64).round(8)
+    columns = [*shape.KEY, "price"]
+    new = rows.with_columns(price=price)
+    if not existing.is_empty():
+        new = new.join(existing.with_columns(price=price).select(columns), on=columns, how="anti")
+    return new.select(*_POOL, "ts")
+
+
+_NEXT_CHANGES = """
+    SELECT zone_id, instance_type, product, min(ts) AS until FROM spot_prices
+    WHERE region = $region AND day > $last AND instance_type IN (SELECT unnest($types))
+    GROUP BY zone_id, instance_type, product
+"""
+
+
+def _mark_stale(warehouse: Warehouse, reader: LakeReader, region: str, new: pl.DataFrame, days: DayRange) -> None:
+    """Have the days computed again whose costs the new prices change: until each pool's next change.
+
+    Only types that a node of the region has are anybody's cost.
+    """
+    with warehouse.database.system() as connection:
+        types = list(connection.execute(_TYPES_IN_USE, {"region": region}).scalars())
+    new = new.filter(pl.col("instance_type").is_in(types))
+    if new.is_empty():
+        return
+    since = new.group_by(_POOL).agg(pl.col("ts").min())
+    now = warehouse.now()
+    if days.end <= now:
+        changes = reader.pin().frame(
+            _NEXT_CHANGES, {"region": region, "last": days.last, "types": since["instance_type"].unique().to_list()}
+        )
+        since = since.join(changes, on=_POOL, how="left")
+    else:
+        since = since.with_columns(until=pl.lit(None, pl.Datetime("us", "UTC")))
+    stale_days = {
+        day
+        for ts, until in since.select("ts", pl.col("until").fill_null(now)).iter_rows()
+        for day in DayRange(ts.date(), max(ts, until - timedelta.resolution).date()).days()
+    }
+    with warehouse.database.system() as connection:
+        stale.mark(connection, stale.COSTS, stale_days, reason="prices came late")
+
+
+_TYPES_IN_USE = text(
+    """
+    SELECT DISTINCT n.instance_type FROM nodes n
+    JOIN clusters c ON c.customer_id = n.customer_id AND c.id = n.cluster_id WHERE c.region = :region
+    """
+)
 
 
 def _existing(reader: LakeReader, region: str, days: Sequence[date]) -> pl.DataFrame:
