@@ -1,7 +1,7 @@
 """Why a source refused what is missing: one row for each series that could not be read when it was last asked for.
 
 Revision ID: 20261128_source_failures
-Revises: 20261127_tenant_walls
+Revises: 20261128_plan_history
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from alembic import op
 from warehouse.postgres.tenancy import platform_table_statements
 
 revision = "20261128_source_failures"
-down_revision = "20261127_tenant_walls"
+down_revision = "20261128_plan_history"
 branch_labels = None
 depends_on = None
 
