@@ -69,8 +69,15 @@ class Reports:
     for the disk would keep the task under its lease for ever.
     """
 
-    def __init__(self, server: Server, spool: Spool, *, lost_lease: Callable[[UUID, dict[str, Any]], None]) -> None:
-        self._server, self._spool, self._lost_lease = server, spool, lost_lease
+    def __init__(
+        self,
+        server: Server,
+        spool: Spool,
+        *,
+        answered: Callable[[UUID, dict[str, Any]], None],
+        lost_lease: Callable[[UUID, dict[str, Any]], None],
+    ) -> None:
+        self._server, self._spool, self._answered, self._lost_lease = server, spool, answered, lost_lease
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._backoff = Backoff()
@@ -140,11 +147,13 @@ class Reports:
             self._done(held)
             return
         try:
-            kept = self._server.report(task_id, held.content)
+            answer = self._server.report(task_id, held.content)
         except Rejected as error:
             log.error("report on task %s was rejected and is dropped: %s", task_id, error)
-            kept = True
-        if not kept:
+            answer = {}
+        if answer is not None:
+            self._answered(task_id, answer)
+        else:
             body = json.loads(held.content)
             log.warning("report on task %s: the lease (epoch %s) was no longer ours", task_id, body["lease_epoch"])
             self._lost_lease(task_id, body)
@@ -206,7 +215,7 @@ class Board:
         collect: Callable[[], dict[str, Any]],
     ) -> None:
         self._cluster, self._server, self._collect = cluster, server, collect
-        self.reports = Reports(server, spool, lost_lease=self._lost_lease)
+        self.reports = Reports(server, spool, answered=self._answered, lost_lease=self._lost_lease)
         self._runs: dict[UUID, Run] = {}
         self._finished: OrderedDict[UUID, Finished] = OrderedDict()
         self._due: list[tuple[float, int, UUID]] = []
@@ -254,6 +263,7 @@ class Board:
                     running.epoch = task.lease_epoch
                     running.cancelled = False  # what was lost was the older lease
                 running.last_report = 0.0  # the next heartbeat confirms the new epoch
+                self._hurry(running, task.deadline)
                 return
             known = self._finished.get(task.task_id)
         if self.reports.readdress(task.task_id, task.lease_epoch):
@@ -319,7 +329,7 @@ class Board:
                 self._runs.pop(run.task.task_id, None)
                 return
         try:
-            step = run.stepper(self._cluster, now)
+            step = run.stepper(self._cluster, now, run.task.deadline)
         except ClusterError as error:
             step = self._after_error(run, error, now)
         except Exception as error:  # one broken task must not end the thread that serves the others
@@ -363,6 +373,23 @@ class Board:
             times["started_at"] = started_at.isoformat()
         self.reports.put(task_id, epoch, end.status, end.detail, **times)
 
+    def _answered(self, task_id: UUID, answer: dict[str, Any]) -> None:
+        """A report was taken: the answer tells the task's deadline as of now."""
+        try:
+            deadline = datetime.fromisoformat(answer["deadline"])
+        except (KeyError, TypeError, ValueError):
+            return
+        with self._condition:
+            run = self._runs.get(task_id)
+            if run is not None and deadline.tzinfo is not None:
+                self._hurry(run, deadline)
+
+    def _hurry(self, run: Run, deadline: datetime | None) -> None:
+        """A sharper notice leaves less time than there was when the task began; never more."""
+        if deadline is not None and (run.task.deadline is None or deadline < run.task.deadline):
+            log.warning("task %s: its deadline is now %s", run.task.task_id, deadline.isoformat())
+            run.task = run.task.model_copy(update={"deadline": deadline})
+
     def _lost_lease(self, task_id: UUID, report: dict[str, Any]) -> None:
         """A report was answered 409. Stop the work if it is still under that lease; if it was done already, remember
         that, as the task may be offered again under a newer one."""
@@ -392,8 +419,11 @@ class Board:
                 run.last_report = time.monotonic()
                 body = {"lease_epoch": run.epoch, "report_id": str(uuid4()), "status": TaskStatus.RUNNING, "detail": {}}
                 try:
-                    if not self._server.report(run.task.task_id, json.dumps(body).encode()):
+                    answer = self._server.report(run.task.task_id, json.dumps(body).encode())
+                    if answer is None:
                         self._lost_lease(run.task.task_id, body)
+                    else:
+                        self._answered(run.task.task_id, answer)
                 except (Unavailable, Rejected) as error:
                     log.debug("heartbeat of task %s: %s", run.task.task_id, error)
                 except Exception:  # without this thread every longer task would lose its lease

@@ -98,15 +98,14 @@ class Drain:
     """One drain. What it remembers only paces retries and fills the report."""
 
     parameters: dict[str, Any]
-    deadline: datetime | None
     started_at: datetime
     evicted: set[str] = field(default_factory=set)
     forced: set[str] = field(default_factory=set)
     blocked: dict[str, Blocked] = field(default_factory=dict)
     cordoned: bool = False
 
-    def step(self, cluster: Cluster, now: datetime) -> Step:
-        """Do what can be done now."""
+    def step(self, cluster: Cluster, now: datetime, deadline: datetime | None) -> Step:
+        """Do what can be done now. ``deadline`` may be nearer than it was a step ago."""
         node = identify(cluster, self.parameters)
         if isinstance(node, Finished):
             if self.cordoned and node.status is TaskStatus.DONE:
@@ -120,7 +119,7 @@ class Drain:
         pods = [pod for pod in cluster.pods_on(node["metadata"]["name"]) if must_leave(pod)]
         if not pods:
             return self._done(now)
-        deadline = self.deadline or self.started_at + DEFAULT_LIMIT
+        deadline = deadline or self.started_at + DEFAULT_LIMIT
         stop_at = deadline - REPORT_MARGIN
         force = bool(self.parameters.get("force_at_deadline"))
         if now >= stop_at:

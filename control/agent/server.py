@@ -143,15 +143,14 @@ class Server:
             raise Unavailable("the server's answer holds no list of tasks", status=response.status_code)
         return tasks
 
-    def report(self, task_id: UUID | str, body: bytes) -> bool:
-        """Send a task report; False when the server says that the lease is no longer ours (409)."""
+    def report(self, task_id: UUID | str, body: bytes) -> dict[str, Any] | None:
+        """Send a task report; returns the answer, None when the server says that the lease is no longer ours (409)."""
         try:
-            _object(self._send("POST", f"/client/tasks/{task_id}/result", content=body, headers=_JSON))
+            return _object(self._send("POST", f"/client/tasks/{task_id}/result", content=body, headers=_JSON))
         except Rejected as error:
             if error.status == 409:
-                return False
+                return None
             raise
-        return True
 
     def send_metrics(self, compressed: bytes) -> dict[str, Any]:
         """Send a zstd-compressed batch; returns the server's answer."""

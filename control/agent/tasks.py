@@ -30,14 +30,15 @@ _QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")
 _PROTECTED_PREFIXES = ("kubernetes.io/", "k8s.io/", "node-role.kubernetes.io/", "topology.kubernetes.io/")
 _PROTECTED_SUFFIXES = (".kubernetes.io/", ".k8s.io/")
 
-Stepper = Callable[[Cluster, datetime], Step]
+# The cluster, the time and the deadline, which may come nearer while the task is under way.
+Stepper = Callable[[Cluster, datetime, datetime | None], Step]
 
 
 def make_stepper(task: OptimizationTask, now: datetime, collect: Callable[[], dict[str, Any]]) -> Stepper:
     """The step function of a task. `collect` posts a fresh batch of state and metrics and returns a summary."""
     parameters = task.parameters
     if task.task_type is TaskType.DRAIN_NODE:
-        return Drain(parameters, task.deadline, now).step
+        return Drain(parameters, now).step
     single: dict[TaskType, Callable[[Cluster], Finished]] = {
         TaskType.CORDON_NODE: lambda cluster: _schedulable(cluster, parameters, unschedulable=True),
         TaskType.UNCORDON_NODE: lambda cluster: _schedulable(cluster, parameters, unschedulable=False),
@@ -47,7 +48,7 @@ def make_stepper(task: OptimizationTask, now: datetime, collect: Callable[[], di
         TaskType.COLLECT_STATE: lambda cluster: Finished(TaskStatus.DONE, collect()),
     }
     act = single.get(task.task_type, lambda cluster: refused(f"this agent does not do {task.task_type} tasks"))
-    return lambda cluster, now: act(cluster)
+    return lambda cluster, now, deadline: act(cluster)
 
 
 def _schedulable(cluster: Cluster, parameters: dict[str, Any], *, unschedulable: bool) -> Finished:

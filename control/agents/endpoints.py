@@ -60,9 +60,15 @@ async def get_tasks(
 @router.post("/tasks/{task_id}/result")
 async def post_result(task_id: UUID, body: TaskResult, principal: Agent, context: Context) -> ResultAnswer:
     """Report on a task. `running` extends the lease, anything else ends the task; 409 `stale_lease` when the lease
-    went to somebody else."""
+    went to somebody else. The answer tells the task's deadline: it may be earlier than it was when leased."""
     outcome = service.refuse_stale(await service.report(context, principal, task_id, body))
-    return ResultAnswer(task_id=task_id, state=outcome.state, applied=outcome.applied, lease_until=outcome.lease_until)
+    return ResultAnswer(
+        task_id=task_id,
+        state=outcome.state,
+        applied=outcome.applied,
+        lease_until=outcome.lease_until,
+        deadline=outcome.deadline_at,
+    )
 
 
 @router.post(

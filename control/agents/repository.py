@@ -49,7 +49,10 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True)
 class ReportOutcome:
-    """What became of a report: ``state`` is the task's state now, ``applied`` whether this report moved it."""
+    """What became of a report: ``state`` is the task's state now, ``applied`` whether this report moved it.
+
+    ``deadline_at`` is the task's as of now: it may have come nearer since the task was leased.
+    """
 
     task_id: UUID
     interruption_id: UUID | None
@@ -58,6 +61,7 @@ class ReportOutcome:
     stale: bool
     lease_epoch: int
     lease_until: datetime | None
+    deadline_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +206,7 @@ async def lease_tasks(
 
 
 _LOCK_TASK = text("""
-    SELECT id, customer_id, interruption_id, task_type, state, lease_epoch, lease_until, result_epoch
+    SELECT id, customer_id, interruption_id, task_type, state, lease_epoch, lease_until, result_epoch, deadline_at
     FROM agent_tasks WHERE id = :task_id AND cluster_id = :cluster_id
     FOR UPDATE
 """)
@@ -269,7 +273,9 @@ async def record_report(
     key = {"task_id": task_id, "lease_epoch": report.lease_epoch, "report_id": report.report_id}
 
     def outcome(*, applied: bool, stale: bool, state: str, lease_until: datetime | None) -> ReportOutcome:
-        return ReportOutcome(task_id, task.interruption_id, state, applied, stale, task.lease_epoch, lease_until)
+        return ReportOutcome(
+            task_id, task.interruption_id, state, applied, stale, task.lease_epoch, lease_until, task.deadline_at
+        )
 
     known = (await conn.execute(_KNOWN_REPORT, key)).one_or_none()
     if known is not None:

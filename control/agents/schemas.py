@@ -12,12 +12,14 @@ from warehouse.contracts import UtcDatetime as Utc
 
 
 class ResultAnswer(BaseModel):
-    """What became of a report. ``lease_until`` is the extended lease after ``running``."""
+    """What became of a report. ``lease_until`` is the extended lease after ``running``; ``deadline`` the task's as of
+    now, which a sharper notice may have brought nearer since it was leased."""
 
     task_id: UUID
     state: str
     applied: bool
     lease_until: Utc | None
+    deadline: Utc | None
 
 
 class RejectedSample(BaseModel):
@@ -94,7 +96,8 @@ class TasksMessage(BaseModel):
 
 
 class AckMessage(BaseModel):
-    """Server to agent: the report is stored. ``stale`` says that the lease was no longer the agent's."""
+    """Server to agent: the report is stored. ``stale`` says that the lease was no longer the agent's; ``deadline`` is
+    the task's as of now."""
 
     type: Literal["ack"] = "ack"
     task_id: UUID
@@ -103,6 +106,7 @@ class AckMessage(BaseModel):
     stale: bool
     state: str | None
     lease_until: Utc | None = None
+    deadline: Utc | None = None
 
 
 class ErrorMessage(BaseModel):

@@ -26,7 +26,7 @@ UNDELETED = Counter("cloudoptim_intake_undeleted_total", "Committed messages SQS
 
 STEP_SECONDS = Histogram(
     "cloudoptim_interruption_step_seconds",
-    "From the notice to each step of an interruption",
+    "From the notice of an interruption's sharpest signal to each step that followed it",
     ["step"],
     buckets=STEP_BUCKETS,
 )

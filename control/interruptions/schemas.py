@@ -16,7 +16,8 @@ class Answer(BaseModel):
 
 
 class Step(Answer):
-    """One step of an interruption. ``seconds_left`` counts to the deadline; negative is late."""
+    """One step of an interruption. ``seconds_left`` counts to the deadline; negative is late. ``seconds_after_notice``
+    is negative for what an earlier signal had begun before the warning came."""
 
     step: str
     at: datetime | None
@@ -40,7 +41,11 @@ class Replacement(Answer):
 
 class InterruptionAnswer(Answer):
     """One interruption with its timeline: warning, task created, task in the agent's hands, cordoned, replacement
-    launched, replacement Ready, drained, closed."""
+    launched, replacement Ready, drained, closed.
+
+    ``notice_at`` is the notice of ``kind``, the sharpest signal, and what the timeline counts from; steps that an
+    earlier one had begun lie before it. ``first_notice_at`` is the first word about it.
+    """
 
     id: UUID
     customer_id: UUID
@@ -51,6 +56,7 @@ class InterruptionAnswer(Answer):
     availability_zone: str | None
     kind: str
     instance_action: str
+    first_notice_at: datetime
     notice_at: datetime
     received_at: datetime
     deadline_at: datetime

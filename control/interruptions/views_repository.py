@@ -11,8 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 _LIST = text("""
     SELECT i.id, i.customer_id, i.cluster_id, i.region, i.instance_id, i.instance_type, i.availability_zone, i.kind,
-           i.instance_action, i.notice_at, i.received_at, i.deadline_at, i.detected_by, i.state, i.outcome, i.reason,
-           i.instance_gone_at, i.closed_at,
+           i.instance_action, coalesce(i.first_notice_at, i.notice_at) AS first_notice_at, i.notice_at, i.received_at,
+           i.deadline_at, i.detected_by, i.state, i.outcome, i.reason, i.instance_gone_at, i.closed_at,
            t.id AS task_id, t.state AS drain_state, t.created_at AS task_created_at, t.first_leased_at,
            t.cordoned_at, t.finished_at AS drain_finished_at,
            l.state AS launch_state, l.reason AS launch_reason, l.decided_by,

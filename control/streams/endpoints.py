@@ -107,6 +107,7 @@ async def _take_reports(context: AppContext, socket: Socket) -> None:
                 stale=outcome.stale,
                 state=outcome.state,
                 lease_until=outcome.lease_until,
+                deadline=outcome.deadline_at,
             )
         )
 

@@ -42,6 +42,7 @@ class HeldTask:
     task_type: str
     parameters: dict[str, Any]
     deadline: datetime | None
+    told: datetime | None
     epoch: int = 0
     lease_until: float = 0.0
     state: str = "queued"
@@ -84,11 +85,21 @@ class TaskServer:
         ]
         self.thread = ServerThread(Starlette(routes=routes))
 
-    def add(self, task_type: str, deadline_seconds: float | None = 60, **parameters: Any) -> UUID:
-        deadline = None
+    def add(
+        self,
+        task_type: str,
+        deadline_seconds: float | None = 60,
+        *,
+        offered_seconds: float | None = None,
+        **parameters: Any,
+    ) -> UUID:
+        """A task to be offered; with ``offered_seconds`` its deadline was later when it was offered than it is now."""
+        deadline = told = None
         if deadline_seconds is not None:
-            deadline = datetime.now(UTC) + timedelta(seconds=deadline_seconds)
-        task = HeldTask(uuid4(), task_type, parameters, deadline)
+            deadline = told = datetime.now(UTC) + timedelta(seconds=deadline_seconds)
+        if offered_seconds is not None:
+            told = datetime.now(UTC) + timedelta(seconds=offered_seconds)
+        task = HeldTask(uuid4(), task_type, parameters, deadline, told)
         with self._lock:
             self.tasks[task.task_id] = task
         return task.task_id
@@ -143,7 +154,7 @@ class TaskServer:
                         "cluster_id": str(self.cluster_id),
                         "task_type": task.task_type,
                         "parameters": task.parameters,
-                        "deadline": task.deadline.isoformat() if task.deadline else None,
+                        "deadline": task.told.isoformat() if task.told else None,
                         "lease_epoch": task.epoch,
                         "lease_until": (datetime.now(UTC) + timedelta(seconds=LEASE_SECONDS)).isoformat(),
                     }
@@ -170,7 +181,8 @@ class TaskServer:
                 task.lease_until = time.monotonic() + LEASE_SECONDS
             else:
                 task.state = result.status
-        return JSONResponse({"state": task.state})
+        deadline = task.deadline.isoformat() if task.deadline else None
+        return JSONResponse({"state": task.state, "deadline": deadline})
 
     async def _metrics(self, request: Request) -> Response:
         if self.metrics_status != 200:

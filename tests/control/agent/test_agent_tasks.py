@@ -104,6 +104,17 @@ def test_at_the_deadline_a_blocked_pod_is_left_alone_unless_the_task_says_force(
     assert world.pods("web", node="n1") == []
 
 
+def test_a_drain_under_way_learns_of_an_earlier_end_with_the_answer_to_its_report(world: World) -> None:
+    instance = world.add_node("n1")
+    world.deploy("web", 1)
+    budget(world, "web", minAvailable=1)
+    world.start_agent()
+    task = world.server.add(
+        "drain_node", 10, offered_seconds=900, node_name="n1", instance_id=instance, force_at_deadline=True
+    )
+    assert world.server.ended(task, 10).detail["forced"] == 1
+
+
 def test_a_task_past_its_deadline_is_not_executed(world: World) -> None:
     instance = world.add_node("n1")
     world.start_agent()

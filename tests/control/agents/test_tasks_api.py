@@ -8,6 +8,8 @@ import time
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
+from sqlalchemy import text as sql
+
 from control.agents.repository import NewTask, create_tasks
 from tests.control.api import Api, Tenant
 from warehouse.contracts import TaskType
@@ -95,10 +97,18 @@ async def test_the_cycle_of_a_task(api, tenant):
     )
     assert running["state"] == "leased"
     assert datetime.fromisoformat(running["lease_until"]) > datetime.now(UTC) + timedelta(seconds=10)
+    assert running["deadline"] == task["deadline"]
+    # A sharper notice came: whoever works on the task learns of it with the next answer.
+    async with api.db.system() as conn:
+        await conn.execute(sql("UPDATE agent_tasks SET deadline_at = deadline_at - interval '80 seconds'"))
+    heard = await api.ok("POST", path, tenant.agent_key, json=result(task, "running"))
+    sooner = datetime.fromisoformat(task["deadline"]) - timedelta(seconds=80)
+    assert datetime.fromisoformat(heard["deadline"]) == sooner
     done = result(task, detail={"evicted": 3})
     first = await api.ok("POST", path, tenant.agent_key, json=done)
     again = await api.ok("POST", path, tenant.agent_key, json=done)
-    assert first == again == {"task_id": task["task_id"], "state": "done", "applied": True, "lease_until": None}
+    ended = {"task_id": task["task_id"], "state": "done", "applied": True, "lease_until": None}
+    assert first == again == ended | {"deadline": heard["deadline"]}
 
 
 async def test_a_stale_lease_is_409_and_an_unknown_task_404(api, tenant, other):

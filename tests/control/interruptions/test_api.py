@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -214,6 +214,25 @@ async def test_agents_tell_what_they_can_know(api: Api, keys: Keys, customer: Te
     for kind, detail in (("rebalance_recommendation", {}), ("instance_state_change", {"state": "shutting-down"})):
         assert (await _notify(api, keys, _notice(node, event_type=kind, detail=detail))).is_success, kind
     assert await _drained_nodes(customer) == {node}
+
+
+async def test_a_timeline_counts_from_the_warning_and_keeps_the_recommendation_before_it(
+    api: Api, keys: Keys, customer: Tenant
+) -> None:
+    await customer.config("event_policies", {"rebalance_recommendation": "drain"})
+    instance = await customer.node()
+    recommended = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=7)
+    await _push(api, keys, customer.rebalance(instance, time=recommended.isoformat()))
+    await customer.rows("UPDATE agent_tasks SET created_at = created_at - interval '6 minutes' RETURNING 1")
+    (alone,) = (await api.ok("GET", "/interruptions", keys.analyst_key))["interruptions"]
+    assert alone["first_notice_at"] == alone["notice_at"]
+    await _push(api, keys, customer.warning(instance))
+    (found,) = (await api.ok("GET", "/interruptions", keys.analyst_key))["interruptions"]
+    assert datetime.fromisoformat(found["first_notice_at"]) == recommended
+    steps = {step["step"]: step for step in found["timeline"]}
+    assert datetime.fromisoformat(steps["warning"]["at"]) > recommended + timedelta(minutes=6)
+    assert 100 < steps["warning"]["seconds_left"] <= 120
+    assert steps["task_created"]["seconds_after_notice"] < -300, "begun before the warning came"
 
 
 async def test_quarantine_is_listed_and_replayed_by_one_call(api: Api, keys: Keys, customer: Tenant) -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from control.interruptions import closing
 from control.interruptions.launching import Launcher
@@ -23,6 +24,11 @@ from warehouse.postgres.models import new_id
 
 async def told(stage: Stage, document: dict[str, Any]) -> Ingested:
     return await ingest(stage.db, await stage.tenant.facts(), [Received(json.dumps(document), EventSource.SQS)])
+
+
+def steps_measured() -> dict[str, float]:
+    name = "cloudoptim_interruption_step_seconds_count"
+    return {step: REGISTRY.get_sample_value(name, {"step": step}) or 0 for step in ("task_created", "drained")}
 
 
 async def launch(launcher: Launcher) -> None:
@@ -69,9 +75,15 @@ async def test_a_warning_that_follows_a_recommendation_under_way_stays_one_inter
     (instance,) = await stage.launch_nodes()
     await told(stage, stage.tenant.rebalance(instance))
     await told(stage, stage.tenant.warning(instance))
-    await stage.tenant.rows("UPDATE agent_tasks SET state = 'done', finished_at = now() RETURNING 1")
+    await stage.tenant.rows(
+        "UPDATE agent_tasks SET state = 'done', finished_at = now(), created_at = now() - interval '1 minute' "
+        "RETURNING 1"
+    )
     await stage.tenant.rows("UPDATE launch_intents SET state = 'ready' RETURNING 1")
+    before = steps_measured()
     await closing.close_ended(launcher.runtime)
+    measured = {step: count - before[step] for step, count in steps_measured().items()}
+    assert measured == {"task_created": 0, "drained": 1}, "what was begun before the warning is no answer to it"
     await told(stage, stage.tenant.warning(instance))
     await told(stage, stage.tenant.rebalance(instance))
     (row,) = await stage.interruptions()
