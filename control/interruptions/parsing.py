@@ -44,7 +44,8 @@ REGION = re.compile(r"^[a-z]{2}(-[a-z]+)+-\d{1,2}$")
 INSTANCE_ID = re.compile(r"^i-[0-9A-Za-z]{4,32}$")
 _DEDUPE_SAFE = re.compile(r"^[\x21-\x7e]{1,200}$")
 _RFC3339 = re.compile(r"^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:?\d\d)?$")
-_OPENERS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+# A string that does not end is taken to the end and never gone over again: time grows with the body's length alone.
+_OPENERS = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 
 TERMINAL_OR_ENDING_STATES = frozenset({"stopping", "stopped", "shutting-down", "terminated"})
 GONE_STATES = frozenset({"stopped", "terminated"})

@@ -11,10 +11,12 @@ from uuid import uuid4
 
 import pytest
 import structlog
+from starlette.exceptions import HTTPException
 
 from control.app import create_app
 from control.embedded import EmbeddedRedis, free_port
-from control.security.redaction import configure_logging, redact
+from control.security.body import check_json
+from control.security.redaction import configure_logging, redact, redact_text
 from control.settings import SettingsError
 from tests.control.api import ADMIN_KEY, serving, settings_for
 
@@ -310,6 +312,23 @@ def test_secrets_are_taken_out_of_logs_by_shape(name, json_logs):
         json.loads(line)
         assert "canary" not in line.lower().replace("test_app", "") or name == "key"
         assert CANARIES[name] not in line
+
+
+@pytest.mark.parametrize("text", ["-eyJ" * 250_000, "eyJa." * 200_000, "://a:b" * 170_000, "bearer " * 150_000])
+def test_a_text_that_is_nearly_full_of_secrets_is_read_in_no_time(text):
+    started = time.process_time()
+    redact_text(text)
+    assert time.process_time() - started < 1.0
+
+
+@pytest.mark.parametrize("end", [b"", b"\\", b'"'])
+def test_json_whose_text_does_not_end_is_judged_in_no_time(end):
+    started = time.process_time()
+    check_json(b"[" + b"[], " * 40 + b'"' + b'\\"' * 500_000 + end)
+    assert time.process_time() - started < 1.0
+    with pytest.raises(HTTPException, match="nested deeper"):
+        check_json(b'["\\" [", ' + b"[" * 40 + b"]" * 41)
+    check_json(b'["' + b"[" * 100 + b'"]')
 
 
 def test_secrets_are_taken_out_of_logs_by_name():

@@ -44,11 +44,13 @@ def test_corpus(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "generate" in case.expect], ids=lambda case: case.name)
-def test_monsters_are_refused_quickly_and_cheaply(case: Case) -> None:
+def test_monsters_are_read_and_kept_quickly_and_cheaply(case: Case) -> None:
     tracemalloc.start()
-    started = time.perf_counter()
+    # Of this process alone: others have the machine too.
+    started = time.process_time()
     parse(case.body, owner=OWNER, received_at=RECEIVED_AT)
-    seconds = time.perf_counter() - started
+    kept_body(case.body)
+    seconds = time.process_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Tracing makes it several times slower than it is.
