@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -239,7 +239,7 @@ class Stage:
 
     # --- our processes
 
-    def start_worker(self, **environment: str) -> Worker:
+    def start_worker(self, *, command: Sequence[str] = ("control.worker",), **environment: str) -> Worker:
         """A worker process; its log is a file in ``log_folder``.
 
         Forked in milliseconds where the stage has a zygote. With an environment of its own it is started afresh: the
@@ -265,7 +265,7 @@ class Stage:
         else:
             with path.open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "control.worker"],
+                    [sys.executable, "-m", *command],
                     cwd=REPOSITORY,
                     env=own | environment,
                     stdout=log,

@@ -13,15 +13,28 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import bench_storm
+from tests.benchmarks import bench_interruptions, bench_storm
 from tests.control.interruptions.harness import Stage
 
 pytestmark = [pytest.mark.storm, pytest.mark.timeout(0)]
+
+SINGLES = int(os.environ.get("SINGLES", "200"))
 
 
 def _said(what: str, figures: dict[str, Any]) -> dict[str, Any]:
     print("\n" + json.dumps({"test": what, "load_average": round(os.getloadavg()[0], 2)} | figures), flush=True)  # noqa: T201
     return figures
+
+
+async def test_200_singles_one_after_another_over_http(stage: Stage) -> None:
+    """From the queue to an agent that polls `cloudoptim control`: issue 3's bar, and with it issue 2's."""
+    figures = _said("singles over HTTP", await bench_interruptions.singles(stage, SINGLES))
+    print("bars: p50 100 ms and p99 500 ms; of the main job: p50 500 ms and p99 2000 ms")  # noqa: T201
+    assert (figures["warnings"], figures["outcomes"]) == (SINGLES, {"handled": SINGLES + 1})
+    # Long polls, not a tight loop.
+    assert figures["polls"] <= 2 * SINGLES + 20
+    assert figures["p50_ms"] <= 100
+    assert figures["p99_ms"] <= 500
 
 
 async def test_200_notices_in_a_minute_for_one_cluster(stage: Stage) -> None:
