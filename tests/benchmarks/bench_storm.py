@@ -198,7 +198,8 @@ def _mixed(found: Stage, instances: list[str], count: int) -> list[str]:
 
 
 async def backlog(found: Stage, messages: int, workers: int) -> dict[str, Any]:
-    """An outage of ten minutes ends: messages wait, half of them still valid. When was the last valid one offered?"""
+    """An outage of ten minutes ends: messages wait, half of them still valid. When was the last valid one offered, and
+    how much had been done by then about those that are over?"""
     instances = await _nodes(found, messages)
     await found.tenant.rows("UPDATE nodes SET last_seen_at = now() - interval '5 minutes' RETURNING 1")
     found.agent_works = False
@@ -224,6 +225,14 @@ async def backlog(found: Stage, messages: int, workers: int) -> dict[str, Any]:
         made.due = dict.fromkeys(valid, began)
         await made.until(made.all_offered, 120)
     leased = made.leased
+    over = await found.tenant.row(
+        """WITH valid AS (SELECT max(created_at) AS last FROM agent_tasks WHERE customer_id = :customer_id)
+           SELECT count(*) AS n, count(*) FILTER (WHERE i.closed_at <= valid.last) AS closed,
+                  count(*) FILTER (WHERE EXISTS (SELECT FROM launch_intents l JOIN launch_attempts a
+                      ON a.intent_id = l.id WHERE l.interruption_id = i.id AND a.launched_at <= valid.last)) AS launched
+           FROM interruptions i, valid WHERE i.customer_id = :customer_id AND i.instance_id = ANY(:over)""",
+        over=sorted(set(instances) - valid),
+    )
     offered = sorted(made.latencies())
     return {
         "messages": messages,
@@ -233,6 +242,8 @@ async def backlog(found: Stage, messages: int, workers: int) -> dict[str, Any]:
         "p99_valid_offered_s": round(percentile(offered, 0.99), 2),
         "last_valid_offered_s": round(offered[-1], 2),
         "queue_empty_s": round(emptied, 2),
+        "over": over.n,
+        "over_handled_before_the_last_valid_task": max(over.closed, over.launched),
     }
 
 

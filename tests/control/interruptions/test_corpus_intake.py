@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from control.interruptions.service import Received, ingest
 from tests.control.interruptions.corpus import INSTANCE, OWNER, Case, cases
 from tests.control.interruptions.harness import Stage
 from tests.control.interruptions.harness import stage as open_stage
+from tests.control.interruptions.load import percentile
 from tests.control.interruptions.tenants import Tenant, create_tenant
 from tests.control.interruptions.workers import Zygote
 from warehouse.contracts import EventSource
@@ -126,6 +128,8 @@ async def test_the_lambda_envelope_of_a_queue_is_quarantined_not_taken_apart(own
 
 _UNSENDABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _LARGEST_BYTES = 1 << 20
+# Of the measurement: some hundred warnings each, or the worst of all would be the 99th percentile.
+ROUNDS = 4
 
 
 def sendable(raw: bytes) -> str | None:
@@ -201,19 +205,29 @@ async def test_every_case_through_a_queue_and_a_worker(
 async def test_good_messages_keep_their_speed_among_bad_ones(
     database_url: str, clean_redis_url: str, tmp_path: Path, zygote: Zygote
 ) -> None:
-    """R-14: the figure is printed; +20 % is what it is read against."""
+    """R-14: at most +20 %. In turns, so that what else the machine does meets both."""
     async with open_stage(
         database_url, clean_redis_url, tmp_path, zygote=zygote, aws_account_id=OWNER.account_id
     ) as stage:
         stage.start_worker()
-        warm_up: dict[str, float] = {}
-        alone: dict[str, float] = {}
-        for number, node in enumerate(await stage.tenant.nodes(300)):
-            await send_good(stage, warm_up if number < 100 else alone, node)
-            await asyncio.sleep(0.05)
-        before = await latencies(stage, alone)
-        wrong, mixed = await mixed_one_to_one(stage, 0.05)
-        assert wrong == []
-    for name, values in (("alone", before), ("among bad ones", mixed)):
-        p50, p99 = values[len(values) // 2], values[int(len(values) * 0.99)]
-        print(f"\n{name}: {len(values)} good warnings, p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms")  # noqa: T201
+        await stage.tenant.config("max_launches_per_hour", 100_000)
+        alone: list[float] = []
+        mixed: list[float] = []
+        for turn in range(ROUNDS + 1):
+            sent: dict[str, float] = {}
+            for node in await stage.tenant.nodes(100):
+                await send_good(stage, sent, node)
+                await asyncio.sleep(0.05)
+            good = await latencies(stage, sent)
+            wrong, among_bad = await mixed_one_to_one(stage, 0.05)
+            if turn == 0:
+                # The worker is warm now. Later what has no id of its own is known, and stored once.
+                assert wrong == []
+            else:
+                alone += good
+                mixed += among_bad
+    p99 = {}
+    for name, values in (("alone", alone), ("among bad ones", mixed)):
+        p50, p99[name] = percentile(values, 0.5), percentile(values, 0.99)
+        print(f"\n{name}: {len(values)} good warnings, p50 {p50 * 1000:.0f} ms, p99 {p99[name] * 1000:.0f} ms")  # noqa: T201
+    assert p99["among bad ones"] <= 1.2 * p99["alone"], f"load average {os.getloadavg()[0]:.1f}"
