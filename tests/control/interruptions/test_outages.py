@@ -29,7 +29,7 @@ import psycopg
 import pytest
 import redis.asyncio as redis
 
-from control.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServerError, free_port
+from control.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from control.embedded.postgres import _binaries
 from control.interruptions.launch_repository import LEASE_SECONDS
 from control.sandbox.aws.faults import Fault
@@ -37,6 +37,7 @@ from tests.control.interruptions.harness import Stage
 from tests.control.interruptions.harness import stage as open_stage
 from tests.control.interruptions.load import Load, load, percentile
 from tests.control.interruptions.test_killed_workers import exactly_one_of_everything
+from tests.control.interruptions.test_restarts import start_again
 from tests.control.interruptions.workers import Zygote
 from warehouse.postgres.migrate import upgrade
 
@@ -118,7 +119,7 @@ async def test_postgres_restarted_again_and_again(
             else:
                 await asyncio.to_thread(server.process.kill)
             await asyncio.sleep(rng.uniform(0, 2))
-            await _start_again(server)
+            await start_again(server)
             down.append(time.monotonic() - gone)
             first_success.append(await _first_commit(server, time.monotonic()))
         await storm
@@ -140,19 +141,6 @@ async def test_postgres_restarted_again_and_again(
         )
         assert max(first_success) <= 5
         assert set(outcomes) == {"handled"}
-
-
-async def _start_again(server: EmbeddedPostgres) -> None:
-    ends = time.monotonic() + 30
-    while True:
-        try:
-            await asyncio.to_thread(server.start)
-            return
-        except EmbeddedServerError:
-            # After kill -9 the last of its children may still hold the shared memory.
-            if time.monotonic() > ends:
-                raise
-            await asyncio.sleep(0.05)
 
 
 async def _first_commit(server: EmbeddedPostgres, back: float) -> float:

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from sqlalchemy import text
 
 from control.agents import repository as tasks
@@ -469,21 +470,22 @@ class Trials:
         return seen, int(bool(left))
 
 
+STATES = """
+    CREATE TABLE attempt_states (seq bigserial, at timestamptz DEFAULT clock_timestamp(), attempt_id uuid, batch_id uuid,
+                                 instance_id text, state text);
+    GRANT SELECT ON attempt_states TO PUBLIC;
+    CREATE FUNCTION attempt_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+    BEGIN
+        INSERT INTO attempt_states (attempt_id, batch_id, instance_id, state)
+        VALUES (NEW.id, NEW.batch_id, NEW.instance_id, NEW.state);
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER attempt_changed AFTER INSERT OR UPDATE ON launch_attempts
+    FOR EACH ROW EXECUTE FUNCTION attempt_changed();
+"""
+
+
 async def record_states(stage: Stage) -> None:
     """Keep every state an attempt had from now on, with its moment, in ``attempt_states``."""
-    async with stage.db.engine.begin() as conn:
-        for statement in (
-            """CREATE TABLE attempt_states (
-                   seq bigserial, at timestamptz DEFAULT clock_timestamp(), attempt_id uuid, batch_id uuid,
-                   instance_id text, state text)""",
-            "GRANT SELECT ON attempt_states TO PUBLIC",
-            """CREATE FUNCTION attempt_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
-               BEGIN
-                   INSERT INTO attempt_states (attempt_id, batch_id, instance_id, state)
-                   VALUES (NEW.id, NEW.batch_id, NEW.instance_id, NEW.state);
-                   RETURN NULL;
-               END $$""",
-            """CREATE TRIGGER attempt_changed AFTER INSERT OR UPDATE ON launch_attempts
-               FOR EACH ROW EXECUTE FUNCTION attempt_changed()""",
-        ):
-            await conn.execute(text(statement))
+    async with await psycopg.AsyncConnection.connect(stage.database_url, autocommit=True) as connection:
+        await connection.execute(STATES)
