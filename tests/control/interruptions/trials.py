@@ -471,8 +471,8 @@ class Trials:
 
 
 STATES = """
-    CREATE TABLE attempt_states (seq bigserial, at timestamptz DEFAULT clock_timestamp(), attempt_id uuid, batch_id uuid,
-                                 instance_id text, state text);
+    CREATE TABLE attempt_states (seq bigserial, at timestamptz DEFAULT clock_timestamp(), attempt_id uuid,
+                                 batch_id uuid, instance_id text, state text);
     GRANT SELECT ON attempt_states TO PUBLIC;
     CREATE FUNCTION attempt_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
     BEGIN
