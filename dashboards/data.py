@@ -679,8 +679,7 @@ class Data:
             customer_id,
             """
             SELECT day, sum(baseline_usd) AS baseline, sum(actual_usd) AS actual, sum(gross_usd) AS gross,
-                   sum(overlap_usd) AS overlap, sum(fallback_premium_usd) AS fallback, sum(rework_usd) AS rework,
-                   sum(displaced_commitment_usd) AS displaced, sum(net_usd) AS net,
+                   sum(overlap_usd) AS overlap, sum(fallback_premium_usd) AS fallback, sum(net_usd) AS net,
                    CAST(sum(hours_covered) AS BIGINT) AS hours, avg(coverage_ratio) AS coverage,
                    bool_and(stage = 'realised') AS realised
             FROM savings_daily

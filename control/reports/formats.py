@@ -34,6 +34,7 @@ def rows(statement: Statement) -> list[dict[str, Any]]:
             "gross_usd": cluster.gross_usd,
             "overlap_usd": cluster.overlap_usd,
             "fallback_premium_usd": cluster.fallback_premium_usd,
+            "displaced_commitment_usd": cluster.displaced_commitment_usd,
             "rework_usd": cluster.rework_usd,
             "net_usd": cluster.net_usd,
             "hours_covered": cluster.hours_covered,
@@ -59,6 +60,7 @@ COLUMNS = (
     "gross_usd",
     "overlap_usd",
     "fallback_premium_usd",
+    "displaced_commitment_usd",
     "rework_usd",
     "net_usd",
     "hours_covered",
@@ -224,8 +226,8 @@ p.note{color:#57606a}"""
 def to_html(statement: Statement) -> bytes:
     """A page to print or send. Every name is escaped; it loads nothing."""
 
-    def usd(value: Decimal) -> str:
-        return f"{value:,.2f}"
+    def usd(value: Decimal | None) -> str:
+        return "not measured" if value is None else f"{value:,.2f}"
 
     def tone(value: Decimal) -> str:
         return "bad" if value < 0 else "good"
@@ -234,7 +236,7 @@ def to_html(statement: Statement) -> bytes:
         f"<tr><td>{html.escape(cluster.cluster_name)}</td><td>{html.escape(cluster.region)}</td>"
         f'<td class="n">{usd(cluster.baseline_usd)}</td><td class="n">{usd(cluster.actual_usd)}</td>'
         f'<td class="n">{usd(cluster.overlap_usd)}</td><td class="n">{usd(cluster.fallback_premium_usd)}</td>'
-        f'<td class="n">{usd(cluster.rework_usd)}</td>'
+        f'<td class="n">{usd(cluster.displaced_commitment_usd)}</td><td class="n">{usd(cluster.rework_usd)}</td>'
         f'<td class="n {tone(cluster.net_usd)}">{usd(cluster.net_usd)}</td></tr>'
         for cluster in statement.clusters
     )
@@ -243,6 +245,10 @@ def to_html(statement: Statement) -> bytes:
     partial = " The month is not over: this is the sum of its finished days." if statement.partial else ""
     releases = ", ".join(map(str, statement.lake_release_ids[:3])) + (
         "…" if len(statement.lake_release_ids) > 3 else ""
+    )
+    unknown = "".join(
+        f" {name.removesuffix('_usd').replace('_', ' ').capitalize()} is not measured: {html.escape(reason)}."
+        for name, reason in sorted(statement.not_measured.items())
     )
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Savings of {html.escape(statement.company_name)}</title>
@@ -255,9 +261,10 @@ def to_html(statement: Statement) -> bytes:
 <td class="n {tone(statement.net_savings_usd)}">{usd(statement.net_savings_usd)}{share}</td></tr>
 <tr><th>Our fee</th><td class="n">{usd(statement.fee_usd)}</td></tr></table>
 <table><tr><th>Cluster</th><th>Region</th><th class="n">Baseline</th><th class="n">Actual</th><th class="n">Overlap</th>
-<th class="n">Fallback premium</th><th class="n">Rework</th><th class="n">Net</th></tr>{body}</table>
+<th class="n">Fallback premium</th><th class="n">Displaced commitment</th>
+<th class="n">Rework</th><th class="n">Net</th></tr>{body}</table>
 <p class="note">{html.escape(statement.stage.capitalize())}; data covers {statement.coverage:.1%} of the hours.
-Baseline: the same machines on demand. Revision {statement.revision}, lake release {releases}.</p>
+Baseline: the same machines on demand. Revision {statement.revision}, lake release {releases}.{unknown}</p>
 </body></html>
 """
     return page.encode()

@@ -13,7 +13,7 @@ Money = Annotated[Decimal, PlainSerializer(lambda value: f"{value:f}", return_ty
 
 
 class ClusterSavings(BaseModel):
-    """One cluster's part of a statement."""
+    """One cluster's part of a statement. A deduction that is not measured is null, never zero."""
 
     cluster_id: UUID
     cluster_name: str
@@ -23,7 +23,8 @@ class ClusterSavings(BaseModel):
     gross_usd: Money
     overlap_usd: Money
     fallback_premium_usd: Money
-    rework_usd: Money
+    displaced_commitment_usd: Money | None
+    rework_usd: Money | None
     net_usd: Money
     hours_covered: float
 
@@ -32,7 +33,8 @@ class Statement(BaseModel):
     """What a customer saved in a period against a named baseline, and how much of it data covers (0 to 1).
 
     ``partial`` is true for a month that is summed from its finished days because it is not over. ``lake_release_ids``
-    are the releases it was computed from: from those it can be computed again, to the cent.
+    are the releases it was computed from: from those it can be computed again, to the cent. ``not_measured`` says why a
+    deduction is null.
     """
 
     customer_id: UUID
@@ -53,4 +55,5 @@ class Statement(BaseModel):
     coverage: float
     lake_release_ids: list[int]
     computed_at: datetime
+    not_measured: dict[str, str]
     clusters: list[ClusterSavings]

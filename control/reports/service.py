@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import date, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Row
@@ -23,6 +24,7 @@ MONEY = (
     "gross_usd",
     "overlap_usd",
     "fallback_premium_usd",
+    "displaced_commitment_usd",
     "rework_usd",
     "net_usd",
 )
@@ -80,7 +82,7 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
     """One statement from one or several stored ones."""
     baseline = sum((row.baseline_usd for row in rows), Decimal(0))
     net = sum((row.net_savings_usd for row in rows), Decimal(0))
-    clusters: dict[UUID, dict[str, Decimal]] = {}
+    clusters: dict[UUID, dict[str, Any]] = {}
     hours: dict[UUID, float] = {}
     expected_hours = 0.0
     for row in rows:
@@ -88,7 +90,9 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
             cluster_id = UUID(part["cluster_id"])
             sums = clusters.setdefault(cluster_id, dict.fromkeys(MONEY, Decimal(0)))
             for name in MONEY:
-                sums[name] += Decimal(part[name])
+                # What is not known of one day is not known of all of them.
+                known, value = sums[name], part[name]
+                sums[name] = None if known is None or value is None else known + Decimal(value)
             hours[cluster_id] = hours.get(cluster_id, 0.0) + float(part["hours_covered"])
             expected_hours += float(part["hours_expected"])
     stages = {row.body.get("stage", "estimated") for row in rows}
@@ -111,6 +115,7 @@ def combine(customer: Row, rows: Sequence[Row], names: dict[UUID, Row], *, parti
         coverage=rows[0].coverage if len(rows) == 1 else min(1.0, sum(hours.values()) / max(expected_hours, 1e-9)),
         lake_release_ids=sorted({row.lake_release_id for row in rows}),
         computed_at=max(row.created_at for row in rows),
+        not_measured={name: reason for row in rows for name, reason in row.body.get("not_measured", {}).items()},
         clusters=[
             ClusterSavings(
                 cluster_id=cluster_id,

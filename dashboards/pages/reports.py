@@ -100,7 +100,12 @@ def build(view: View) -> Any:
             chart,
             note="Complete hours only. Below zero means that Spot cost more; paler days are not yet realised.",
         ),
-        ui.card("Days", table, note="Net is gross less overlap, fallback premium and rework."),
+        ui.card(
+            "Days",
+            table,
+            note="Net is gross less overlap and fallback premium. Displaced commitments and rework after interruptions "
+            "are not measured: no commitments of the account are read, and no agent reports work that was done again.",
+        ),
         ui.card(
             "The month as a report",
             files,

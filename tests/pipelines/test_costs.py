@@ -321,7 +321,7 @@ def test_net_savings_take_off_the_second_machine_and_the_fallback(world: World, 
     assert row["overlap_usd"] == overlap
     assert row["fallback_premium_usd"] == premium
     assert row["net_usd"] == baseline - actual - overlap - premium
-    assert (row["rework_usd"], row["displaced_commitment_usd"]) == (0, 0)
+    assert (row["rework_usd"], row["displaced_commitment_usd"]) == (None, None), "not measured is not zero"
     # 20 hours have nodes; the day has 24
     assert row["hours_covered"] == 20
     assert row["coverage_ratio"] == pytest.approx(20 / 24)
@@ -474,6 +474,15 @@ def test_a_statement_adds_up_and_takes_the_agreed_fee_of_a_gain_only(world: Worl
     assert row["net_savings_usd"] == total[0]["net"] == row["baseline_usd"] - row["actual_usd"]
     assert row["fee_usd"] == (total[0]["net"] * Decimal("0.2")).quantize(Decimal("0.01"))
     assert row["baseline_name"] == "b1_list"
+    totals = row["body"]["totals"]
+    assert (
+        {name for name, value in totals.items() if value is None}
+        == set(row["body"]["not_measured"])
+        == {
+            "displaced_commitment_usd",
+            "rework_usd",
+        }
+    )
 
 
 def test_the_end_of_a_month_tells_the_month_too(world: World, serve) -> None:

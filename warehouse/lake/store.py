@@ -226,15 +226,41 @@ class Lake:
                     f"table {spec.name} gained the required column {column.name!r}, but its old rows have no value for "
                     "it; declare it optional"
                 )
-        if not missing:
-            return released
-        handle.alter.add_columns(
-            [_delta_field(column.field(), column.description) for column in missing],
+        if missing:
+            handle.alter.add_columns(
+                [_delta_field(column.field(), column.description) for column in missing],
+                commit_properties=_properties("add column", "create-tables", ""),
+            )
+            handle.update_incremental()
+            self._settle_log(spec.name, handle.version())
+        self._relax_columns(spec, handle)
+        return handle.version()
+
+    def _relax_columns(self, spec: TableSpec, handle: DeltaTable) -> None:
+        """Let columns be null that were required when the table was made and are declared optional now."""
+        optional = {column.name for column in spec.columns if not column.required}
+        fields = handle.schema().fields
+        if not any(field.name in optional and not field.nullable for field in fields):
+            return
+        relaxed = Schema(
+            [
+                Field(
+                    field.name, field.type, nullable=field.nullable or field.name in optional, metadata=field.metadata
+                )
+                for field in fields
+            ]
+        )
+        # delta-rs changes a schema with an overwrite only: this one replaces a partition that no table has.
+        handle.create_write_transaction(
+            [],
+            "overwrite",
+            relaxed,
+            list(spec.partition_by),
+            partition_filters=[(spec.partition_by[0], "=", "0001-01-01")],
             commit_properties=_properties("add column", "create-tables", ""),
         )
         handle.update_incremental()
         self._settle_log(spec.name, handle.version())
-        return handle.version()
 
     def add_column(self, table: str, field: pa.Field, *, run_id: str = "add-column", code_version: str = "") -> Release:
         """Add a nullable column; old rows read as null. Declare it in ``tables.py`` too, so that new lakes have it.

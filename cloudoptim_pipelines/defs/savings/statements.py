@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -32,6 +32,13 @@ MONEY_FIELDS = (
     "rework_usd",
     "net_usd",
 )
+
+
+# What no source tells is null, never zero, with the reason beside it.
+NOT_MEASURED = {
+    "displaced_commitment_usd": "commitments (Savings Plans, reservations) of the account are not read",
+    "rework_usd": "no agent reports work that was lost with a node and done again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +119,23 @@ def find_silent_days(snapshot: Snapshot, customer_id: UUID, period: Period, dele
 
 def assemble(rows: Sequence[dict[str, Any]], fee_rate: Decimal) -> Statement:
     """Totals and body of a statement from its rows by cluster. No fee is taken on a loss."""
-    totals = {name: sum((row[name] for row in rows), Decimal(0)) for name in MONEY_FIELDS}
+    totals = {name: _sum(row[name] for row in rows) for name in MONEY_FIELDS}
+    baseline, actual, net = (totals[name] or Decimal(0) for name in ("baseline_usd", "actual_usd", "net_usd"))
     expected = sum(row["hours_expected"] for row in rows)
     coverage = min(1.0, sum(row["hours_covered"] for row in rows) / expected) if expected else 0.0
-    fee = (max(totals["net_usd"], Decimal(0)) * fee_rate).quantize(CENT, ROUND_HALF_EVEN)
+    fee = (max(net, Decimal(0)) * fee_rate).quantize(CENT, ROUND_HALF_EVEN)
     body = {
         "baseline": BASELINE,
         "stage": "realised" if all(row["stage"] == "realised" for row in rows) else "estimated",
-        "totals": {name: str(value) for name, value in totals.items()},
-        "savings_ratio": float(totals["net_usd"] / totals["baseline_usd"]) if totals["baseline_usd"] else None,
+        "totals": {name: _text(value) for name, value in totals.items()},
+        "savings_ratio": float(net / baseline) if baseline else None,
         "fee_rate": str(fee_rate),
         "fee_usd": str(fee),
         "coverage_ratio": round(coverage, 6),
         "clusters": [
             {
                 "cluster_id": row["cluster_id"],
-                **{name: str(row[name]) for name in MONEY_FIELDS},
+                **{name: _text(row[name]) for name in MONEY_FIELDS},
                 "hours_covered": row["hours_covered"],
                 "hours_expected": round(row["hours_expected"], 3),
                 "days": row["days"],
@@ -136,7 +144,23 @@ def assemble(rows: Sequence[dict[str, Any]], fee_rate: Decimal) -> Statement:
             for row in rows
         ],
     }
-    return Statement(totals["baseline_usd"], totals["actual_usd"], totals["net_usd"], fee, round(coverage, 6), body)
+    if unknown := {name: reason for name, reason in NOT_MEASURED.items() if totals[name] is None}:
+        body["not_measured"] = unknown
+    return Statement(baseline, actual, net, fee, round(coverage, 6), body)
+
+
+def _sum(values: Iterable[Decimal | None]) -> Decimal | None:
+    """None when one of them is not known: a sum of the others would pass for the whole."""
+    total = Decimal(0)
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def _text(value: Decimal | None) -> str | None:
+    return None if value is None else str(value)
 
 
 def write_statements(warehouse: Warehouse, period: Period) -> list[str]:

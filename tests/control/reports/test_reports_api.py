@@ -27,6 +27,7 @@ async def write(
     revision: int = 1,
     covered: float = 744.0,
     expected: float = 744.0,
+    rework: str | None = None,
 ):
     part = {
         "cluster_id": str(tenant.cluster_id),
@@ -35,13 +36,14 @@ async def write(
         "gross_usd": "40.05",
         "overlap_usd": "0.05",
         "fallback_premium_usd": "0",
-        "displaced_commitment_usd": "0",
-        "rework_usd": "0",
+        "displaced_commitment_usd": "0.01",
+        "rework_usd": rework,
         "net_usd": net,
         "hours_covered": covered,
         "hours_expected": expected,
         "days": 31,
     }
+    unknown = {} if rework else {"not_measured": {"rework_usd": "no agent <reports> it"}}
     async with api.db.system() as conn:
         await conn.execute(
             text("""INSERT INTO savings_statements (id, customer_id, period, period_start, period_end, revision,
@@ -57,7 +59,7 @@ async def write(
                 "end": end,
                 "revision": revision,
                 "net": Decimal(net),
-                "body": json.dumps({"stage": "realised", "fee_rate": "0.2", "clusters": [part]}),
+                "body": json.dumps({"stage": "realised", "fee_rate": "0.2", "clusters": [part]} | unknown),
             },
         )
         await conn.execute(
@@ -84,10 +86,14 @@ async def test_the_newest_revision_of_a_month(api, tenant):
 
 
 async def test_a_month_that_is_not_over_is_the_sum_of_its_days(api, tenant):
-    await write(api, tenant, "day", "2026-11-01", "2026-11-02", "40.00")
+    await write(api, tenant, "day", "2026-11-01", "2026-11-02", "40.00", rework="1")
     await write(api, tenant, "day", "2026-11-02", "2026-11-03", "-10.00")
     month = (await get(api, tenant, month="2026-11")).json()
     assert (month["net_savings_usd"], month["partial"], month["period_end"]) == ("30.00000000", True, "2026-11-03")
+    (cluster,) = month["clusters"]
+    assert Decimal(cluster["displaced_commitment_usd"]) == Decimal("0.02")
+    assert cluster["rework_usd"] is None, "a sum of the days that are known would pass for the whole"
+    assert month["not_measured"] == {"rework_usd": "no agent <reports> it"}
     # A losing day comes off the month's gain before a fee is taken, as in the statement of the whole month.
     assert Decimal(month["fee_usd"]) == 6
     day = (await get(api, tenant, day="2026-11-02")).json()
@@ -111,12 +117,15 @@ async def test_every_format_says_the_same(api, tenant):
     (row,) = csv.DictReader(io.StringIO(answers["csv"].text))
     assert row["cluster_name"] == "'=cmd|' /C calc'!A0<b>", "a spreadsheet must not run it"
     assert Decimal(row["net_usd"]) == 40
+    assert (row["displaced_commitment_usd"], row["rework_usd"]) == ("0.01", "")
     table = pq.read_table(io.BytesIO(answers["parquet"].content))
     assert table.column("net_usd").to_pylist() == [Decimal("40.00000000")]
+    assert table.column("rework_usd").to_pylist() == [None]
     page = answers["html"].text
     assert "<b>" not in page.split("</style>")[1]
     assert "&lt;b&gt;" in page
     assert "40.00" in page
+    assert "Rework is not measured: no agent &lt;reports&gt; it." in page
     assert "http" not in page, "it loads nothing"
     charges = list(csv.DictReader(io.StringIO(answers["focus"].text)))
     assert tuple(charges[0]) == FOCUS_COLUMNS

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -283,6 +284,22 @@ def test_a_column_added_is_null_in_old_rows_and_filled_in_new_ones(lake: Lake, r
         lake.add_column("spot_prices", pa.field("other", pa.float64(), nullable=False))
     with pytest.raises(LakeDataError, match="lake columns cannot be list"):
         lake.add_column("spot_prices", pa.field("other", pa.list_(pa.int64())))
+
+
+def test_a_column_declared_optional_later_may_be_null_in_a_lake_that_is_there(
+    tmp_path: Path, database_url: str
+) -> None:
+    spec = TABLES["savings_daily"]
+    strict = replace(spec, columns=tuple(replace(column, required=True) for column in spec.columns))
+    with Lake(tmp_path / "old", database_url, tables={spec.name: strict}) as old:
+        old.create_tables()
+        made = old.release()
+    with Lake(tmp_path / "old", database_url, tables={spec.name: spec}) as lake:
+        relaxed = lake.create_tables()
+        nullable = {field.name for field in lake.delta_table(spec.name).schema().fields if field.nullable}
+        assert nullable == {column.name for column in spec.columns if not column.required} != set()
+        assert relaxed.versions[spec.name] == made.versions[spec.name] + 1
+        assert lake.create_tables().id == relaxed.id, "once is enough"
 
 
 def test_columns_survive_a_checkpoint_of_the_log(lake: Lake, reader: LakeReader) -> None:

@@ -11,8 +11,9 @@
 --   fallback premium on-demand minutes of a replacement of a Spot node, up to $fallback_days days after its
 --                    interruption, at list price less the Spot price of the interrupted pool as of the hour (never below
 --                    zero); minutes of overlap are taken off in full already
---   displaced commitment, rework: 0, not known yet
---   net              gross - overlap - fallback premium - displaced commitment - rework
+--   displaced commitment, rework: null, not measured: no commitments (Savings Plans, reservations) of customers are read,
+--                    and no agent reports work that pods lost with their node and did again. A zero would claim both.
+--   net              gross less the deductions that are known
 --
 -- grain: cluster x day x baseline
 -- units: USD; coverage_ratio 0 to 1
@@ -132,8 +133,8 @@ SELECT
     CAST(baseline_usd - actual_usd AS DECIMAL(18, 8)) AS gross_usd,
     CAST(coalesce(overlap_usd, 0) AS DECIMAL(18, 8)) AS overlap_usd,
     CAST(coalesce(fallback_premium_usd, 0) AS DECIMAL(18, 8)) AS fallback_premium_usd,
-    CAST(0 AS DECIMAL(18, 8)) AS displaced_commitment_usd,
-    CAST(0 AS DECIMAL(18, 8)) AS rework_usd,
+    CAST(NULL AS DECIMAL(18, 8)) AS displaced_commitment_usd,
+    CAST(NULL AS DECIMAL(18, 8)) AS rework_usd,
     CAST(
         baseline_usd - actual_usd - coalesce(overlap_usd, 0) - coalesce(fallback_premium_usd, 0) AS DECIMAL(18, 8)
     ) AS net_usd,

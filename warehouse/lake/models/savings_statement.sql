@@ -16,8 +16,10 @@ SELECT
     CAST(sum(gross_usd) AS DECIMAL(18, 8)) AS gross_usd,
     CAST(sum(overlap_usd) AS DECIMAL(18, 8)) AS overlap_usd,
     CAST(sum(fallback_premium_usd) AS DECIMAL(18, 8)) AS fallback_premium_usd,
-    CAST(sum(displaced_commitment_usd) AS DECIMAL(18, 8)) AS displaced_commitment_usd,
-    CAST(sum(rework_usd) AS DECIMAL(18, 8)) AS rework_usd,
+    -- null when it is not known of a day: a sum of the others would pass for the whole
+    CASE WHEN count(displaced_commitment_usd) = count(*) THEN CAST(sum(displaced_commitment_usd) AS DECIMAL(18, 8)) END
+        AS displaced_commitment_usd,
+    CASE WHEN count(rework_usd) = count(*) THEN CAST(sum(rework_usd) AS DECIMAL(18, 8)) END AS rework_usd,
     CAST(sum(net_usd) AS DECIMAL(18, 8)) AS net_usd,
     CAST(sum(hours_covered) AS BIGINT) AS hours_covered,
     count(*) AS days,
