@@ -106,6 +106,8 @@ class Launcher:
         self._markets: dict[str, tuple[float, dict[str, TypeFacts], dict[tuple[str, str], float]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._plans: set[asyncio.Task[None]] = set()
+        # What other loops do in the background for one account: stopped with the launches.
+        self.others: set[asyncio.Task[int]] = set()
         self._planning = asyncio.Semaphore(PLANS_AT_ONCE)
 
     # --- planning
@@ -519,13 +521,13 @@ class Launcher:
     async def finish_calls(self, timeout: float) -> None:
         """Wait for plans and calls under way, at most ``timeout`` seconds."""
         ends = time.monotonic() + timeout
-        for kind in (self._plans, self._calls):
+        for kind in (self._plans, self._calls, self.others):
             if kind:
                 await asyncio.wait(kind, timeout=max(ends - time.monotonic(), 0.0))
 
     async def leave(self) -> None:
         """Stop calls under way and give back every lease, so that others go on at once."""
-        for kind in (self._plans, self._calls):
+        for kind in (self._plans, self._calls, self.others):
             for work in list(kind):
                 work.cancel()
             await asyncio.gather(*kind, return_exceptions=True)

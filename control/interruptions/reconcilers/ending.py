@@ -80,6 +80,9 @@ class Ending:
             for cluster_id, group in by_cluster.items()
         }
         self._under_way |= begun
+        for task in begun.values():
+            self.launcher.others.add(task)
+            task.add_done_callback(self.launcher.others.discard)
         done, _ = await asyncio.wait(begun.values(), timeout=INTERVAL_SECONDS)
         return sum(task.result() for task in done)
 

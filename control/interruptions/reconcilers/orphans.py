@@ -46,7 +46,7 @@ async def run_once(launcher: Launcher) -> int:
             log.warning("orphans.failed", customer_id=str(place.customer_id), code=error.code)
             return 0
 
-    return await each_due(launcher.runtime, "orphans", INTERVAL_SECONDS * 0.95, one)
+    return await each_due(launcher.runtime, "orphans", INTERVAL_SECONDS * 0.95, one, leaving=True)
 
 
 async def compare(launcher: Launcher, place: Place) -> int:

@@ -13,13 +13,16 @@ from control.interruptions.runtime import Runtime
 RUNNERS = 6
 
 
-async def each_due(runtime: Runtime, prefix: str, seconds: float, work: Callable[[Place], Awaitable[int]]) -> int:
+async def each_due(
+    runtime: Runtime, prefix: str, seconds: float, work: Callable[[Place], Awaitable[int]], *, leaving: bool = False
+) -> int:
     """Do ``work`` for each place whose last round, anybody's, is ``seconds`` ago; returns the sum of what it says.
 
     Places are claimed one by one, those waiting longest first: a worker that dies leaves no more than it had in hand.
     """
     async with runtime.db.system() as conn:
-        places = {f"{prefix}:{place.customer_id}:{place.region}": place for place in await repository.places(conn)}
+        known = await repository.places(conn, leaving=leaving)
+        places = {f"{prefix}:{place.customer_id}:{place.region}": place for place in known}
         await repository.prepare_rounds(conn, list(places), worker=runtime.worker)
     found = 0
 

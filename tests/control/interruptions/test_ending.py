@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from control.cli import app
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import alarms, leaving, never_ready, orphans
+from control.interruptions.reconcilers import ending as ending_module
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import Ending
 from control.interruptions.service import Received, ingest
@@ -41,14 +42,23 @@ async def _launched(stage: Stage, launcher: Launcher, count: int = 1, *, fault: 
         await ingest(stage.db, await stage.tenant.facts(), [Received(warning, EventSource.SQS)])
     if fault is not None:
         stage.aws.inject(fault)
-    await launcher.plan_round()
-    await launcher.finish_calls(10)
-    rows = await stage.tenant.rows("SELECT instance_id FROM launch_attempts ORDER BY id")
-    return [row.instance_id for row in rows if row.instance_id]
+
+    async def called() -> bool:
+        # Not every pool that is priced offers the type: the ladder goes on.
+        await launcher.plan_round()
+        await launcher.finish_calls(10)
+        return not await stage.tenant.rows("SELECT 1 FROM launch_intents WHERE state = 'planned'")
+
+    await stage.until(called, 10)
+    rows = await stage.tenant.rows(
+        "SELECT instance_id FROM launch_attempts WHERE customer_id = :customer_id AND state = 'launched' ORDER BY id"
+    )
+    return [row.instance_id for row in rows]
 
 
 async def _never_ready(stage: Stage, launcher: Launcher, count: int = 1) -> list[str]:
     found = await _launched(stage, launcher, count)
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
     await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
     assert await never_ready.run_once(launcher.runtime) == count
     return found
@@ -124,6 +134,35 @@ async def test_a_protected_orphan_holds_up_no_other(stage: Stage, launcher: Laun
     assert [stage.state_of(instance) in OVER for instance in orphaned] == [False, True, True]
     await alarms.run_once(launcher.runtime)
     assert orphaned[0] in (await _health(stage, "ending")).reason
+
+
+async def test_an_account_that_does_not_answer_holds_up_no_other(
+    stage: Stage, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending_module, "INTERVAL_SECONDS", 0.5)
+    monkeypatch.setattr(launch_reconciler, "INTERVAL_SECONDS", 0.5)
+    silent = stage.tenant
+    (unended,) = await _never_ready(stage, launcher)
+    other = stage.tenant = await stage.add_customer()
+    (ended,) = await _never_ready(stage, launcher)
+    hang = {"mode": "hang", "account_id": silent.account_id, "count": None, "seconds": 2.0}
+    stage.aws.inject(Fault(**hang))
+    assert await Ending(launcher).run_once() == 1
+    assert [stage.state_of(instance) in OVER for instance in (unended, ended)] == [False, True]
+
+    # The same for launches without an answer.
+    stage.aws.clear_faults()
+    for tenant in (silent, other):
+        stage.tenant = tenant
+        lost = Fault("drop_before", action="RunInstances", account_id=tenant.account_id)
+        await _launched(stage, launcher, fault=lost)
+    stage.aws.inject(Fault(**hang))
+    await stage.tenant.rows("UPDATE launch_batches SET next_action_at = now() RETURNING 1")
+    assert await launch_reconciler.run_once(launcher) == 2
+    unanswered = await stage.tenant.rows("SELECT customer_id FROM launch_batches WHERE state IN ('calling', 'unknown')")
+    assert [row.customer_id for row in unanswered] == [silent.customer_id]
+    stage.aws.clear_faults()
+    await launcher.leave()
 
 
 async def test_a_node_that_became_ready_after_all_is_kept(stage: Stage, launcher: Launcher) -> None:
