@@ -23,8 +23,10 @@ from control.gateways.aws import AwsError
 from control.interruptions import launch_repository, metrics, repository, return_repository
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Market, TypeFacts
+from control.interruptions.freezing import limits_of
 from control.interruptions.launch_repository import ClusterFacts
-from control.interruptions.launching import Launcher, apply_events, limits_of
+from control.interruptions.launching import Launcher
+from control.interruptions.moving import apply_events
 from control.interruptions.reconcilers import refusals_repository
 from control.interruptions.reconcilers.ending import claim_endings, note_refused, terminate_ours
 from control.interruptions.reconcilers.repository import Place, adopt_only
@@ -254,8 +256,8 @@ async def _terminate(launcher: Launcher, plan: Plan) -> None:
 
 async def _end_old(launcher: Launcher, plan: Plan, cluster: ClusterFacts) -> None:
     runtime = launcher.runtime
-    credentials = await launcher.credentials(cluster)
-    instances: Mapping[str, Any] = await launcher.describe(cluster.region, credentials, [plan.instance_id])
+    credentials = await launcher.accounts.credentials(cluster)
+    instances: Mapping[str, Any] = await launcher.accounts.describe(cluster.region, credentials, [plan.instance_id])
     # EC2 forgets an instance about an hour after its end, and its node went long before.
     forgotten = plan.old_gone and plan.instance_id not in instances
     if not forgotten and not _ending(instances.get(plan.instance_id)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from control.agents.repository import expire_overdue_tasks, requeue_expired_leases
 from control.interruptions import launch_repository
-from control.interruptions.launching import apply_events
+from control.interruptions.moving import apply_events
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NoCandidate
 

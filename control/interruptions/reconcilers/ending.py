@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from control.gateways.aws import THROTTLE_CODES, AwsError, Credentials, Role
 from control.interruptions import answers, launch_repository, metrics
 from control.interruptions.launch_repository import ClusterFacts
-from control.interruptions.launching import Launcher, Moves, apply_events, intent_of
+from control.interruptions.launching import Launcher
+from control.interruptions.moving import Moves, apply_events, intent_of
 from control.interruptions.reconcilers import refusals_repository, repository
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NEVER_READY, InstanceEnded, NodeReady
@@ -100,8 +101,10 @@ class Ending:
 
     async def _end(self, cluster: ClusterFacts, rows: Sequence[Any]) -> int:
         runtime = self.launcher.runtime
-        credentials = await self.launcher.credentials(cluster)
-        instances = await self.launcher.describe(cluster.region, credentials, [row.instance_id for row in rows])
+        credentials = await self.launcher.accounts.credentials(cluster)
+        instances = await self.launcher.accounts.describe(
+            cluster.region, credentials, [row.instance_id for row in rows]
+        )
         over = {row.intent_id for row in rows if _is_over(row, instances.get(row.instance_id), runtime.db.now())}
         ours = [row for row in rows if row.intent_id not in over and row.instance_id in instances]
         unwanted = await _still_unwanted(runtime, cluster, ours) if ours else []
@@ -236,7 +239,9 @@ async def terminate_ours(
         AwsError: the account refuses or does not answer, whichever instance it is.
     """
     runtime = launcher.runtime
-    result = Terminated(await launcher.describe(cluster.region, credentials, instance_ids) if instance_ids else {})
+    result = Terminated(
+        await launcher.accounts.describe(cluster.region, credentials, instance_ids) if instance_ids else {}
+    )
     strangers = [
         instance_id
         for instance_id, instance in result.instances.items()

@@ -9,8 +9,9 @@ import structlog
 from control.gateways.aws import AwsError
 from control.interruptions import launch_repository
 from control.interruptions.answers import Meaning, Reading
+from control.interruptions.calling import GIVE_UP_AFTER
 from control.interruptions.launch_repository import BatchRow, ClusterFacts
-from control.interruptions.launching import GIVE_UP_AFTER, Launcher
+from control.interruptions.launching import Launcher
 from control.interruptions.templates import TAG_BATCH, is_ours
 
 log = structlog.get_logger(__name__)
@@ -30,7 +31,7 @@ async def run_once(launcher: Launcher) -> int:
     An account that does not answer is waited for in the background: the others' calls go on in the next round.
     """
     runtime = launcher.runtime
-    limit = min(LIMIT, MOST_UNDER_WAY - launcher.settling)
+    limit = min(LIMIT, MOST_UNDER_WAY - len(launcher.calls.under_way))
     if limit <= 0:
         return 0
     async with runtime.db.system() as conn:
@@ -39,7 +40,7 @@ async def run_once(launcher: Launcher) -> int:
             return 0
         clusters = await launch_repository.cluster_facts(conn, sorted({batch.cluster_id for batch in batches}))
     begun = [
-        launcher.in_background(_settle(launcher, batch, clusters[batch.cluster_id]), f"settle {batch.id}")
+        launcher.calls.in_background(_settle(launcher, batch, clusters[batch.cluster_id]), f"settle {batch.id}")
         for batch in batches
     ]
     await asyncio.wait(begun, timeout=INTERVAL_SECONDS)
@@ -52,23 +53,25 @@ async def _settle(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) ->
     if not given_up:
         # Not by tag while the token still works: Describe may show a part of a batch, the token answers with all.
         if batch.error_code != "IdempotentParameterMismatch":
-            await launcher.call(batch, cluster)
+            await launcher.calls.call(batch, cluster)
         return
     try:
-        async with launcher.holding(batch):
+        async with launcher.calls.holding(batch):
             adopted = await adopt(launcher, batch, cluster)
     except AwsError as error:
         # Nobody can say whether it launched: the alarms tell that it may, and it is looked for again.
         log.warning("launch.adoption_failed", batch_id=str(batch.id), code=error.code)
-        await launcher.record(batch, Reading(Meaning.UNKNOWN, error.code, error.message[:500]))
+        await launcher.calls.record(batch, Reading(Meaning.UNKNOWN, error.code, error.message[:500]))
         return
     if not adopted:
-        await launcher.record(batch, Reading(Meaning.UNKNOWN, "Abandoned", "no answer for ten minutes"), abandoned=True)
+        await launcher.calls.record(
+            batch, Reading(Meaning.UNKNOWN, "Abandoned", "no answer for ten minutes"), abandoned=True
+        )
 
 
 async def adopt(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> bool:
     """Record instances that carry the batch's tag. Finding none proves nothing (C-10) and returns False."""
-    credentials = await launcher.credentials(cluster)
+    credentials = await launcher.accounts.credentials(cluster)
     found: list[tuple[int, str]] = []
     filters = [
         {"Name": f"tag:{TAG_BATCH}", "Values": [str(batch.id)]},
@@ -84,5 +87,5 @@ async def adopt(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> b
     if not found:
         return False
     ids = [instance_id for _, instance_id in sorted(found)]
-    await launcher.record(batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=ids, adopted=True)
+    await launcher.calls.record(batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=ids, adopted=True)
     return True

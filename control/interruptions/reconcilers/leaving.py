@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import structlog
 
-from control.interruptions.launching import apply_events
+from control.interruptions.moving import apply_events
 from control.interruptions.reconcilers import leaving_repository
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import Cancel

@@ -69,10 +69,10 @@ async def poll(launcher: Launcher, place: Place) -> int:
         facts = await events_repository.customer_facts(conn, place.customer_id)
     if facts is None or place.cluster_id not in clusters:
         return 0
-    credentials = await launcher.credentials(clusters[place.cluster_id])
+    credentials = await launcher.accounts.credentials(clusters[place.cluster_id])
     now = runtime.db.now()
     events = await _marked(launcher, place, credentials, now, set(nodes))
-    instances = await launcher.describe(place.region, credentials, sorted(nodes))
+    instances = await launcher.accounts.describe(place.region, credentials, sorted(nodes))
     marked = {instance_id for event in events for instance_id in event.instance_ids}
     for instance_id, instance in instances.items():
         state = instance.get("State", {}).get("Name", "")
@@ -178,7 +178,7 @@ async def _learn(
     for cluster_id, group in by_cluster.items():
         new = [instance for instance in group if instance["InstanceId"] not in known]
         if new and cluster_id in clusters:
-            await launcher.learn_templates(clusters[cluster_id], new, credentials)
+            await launcher.accounts.learn_templates(clusters[cluster_id], new, credentials)
 
 
 async def _degraded(launcher: Launcher, place: Place, error: AwsError) -> None:

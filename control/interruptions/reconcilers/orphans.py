@@ -16,7 +16,8 @@ import structlog
 from control.gateways.aws import AwsError, Credentials
 from control.interruptions import launch_repository, metrics
 from control.interruptions.launch_repository import ClusterFacts
-from control.interruptions.launching import Launcher, apply_events
+from control.interruptions.launching import Launcher
+from control.interruptions.moving import apply_events
 from control.interruptions.reconcilers import refusals_repository, repository
 from control.interruptions.reconcilers.ending import allowed, claim_endings, note_refused, terminate_ours
 from control.interruptions.reconcilers.repository import Place
@@ -57,7 +58,7 @@ async def compare(launcher: Launcher, place: Place) -> int:
     if place.cluster_id not in clusters:
         return 0
     facts = clusters[place.cluster_id]
-    credentials = await launcher.credentials(facts)
+    credentials = await launcher.accounts.credentials(facts)
     instances = await _ours(launcher, place, credentials)
     if not instances:
         async with runtime.db.system() as conn:

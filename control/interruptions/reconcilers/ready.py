@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from control.interruptions import launch_repository
-from control.interruptions.launching import apply_events
+from control.interruptions.moving import apply_events
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NodeReady
 

@@ -16,9 +16,9 @@ from sqlalchemy import text
 
 from control.agents import repository as tasks
 from control.gateways.aws import AwsGateway
-from control.interruptions import launch_repository, launching, parsing
+from control.interruptions import freezing, launch_repository, parsing
+from control.interruptions.calling import Calls
 from control.interruptions.intake import QueueReader
-from control.interruptions.launching import Launcher
 from warehouse.contracts import TaskResult
 from warehouse.postgres import session
 
@@ -26,25 +26,25 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def no_client_token(patch: pytest.MonkeyPatch) -> None:
-    original = launching.run_instances_request
+    original = freezing.run_instances_request
 
     def without_token(*args: Any, **options: Any) -> str:
         request = json.loads(original(*args, **options))
         del request["ClientToken"]
         return json.dumps(request)
 
-    patch.setattr(launching, "run_instances_request", without_token)
+    patch.setattr(freezing, "run_instances_request", without_token)
 
 
 def naive_launcher(patch: pytest.MonkeyPatch) -> None:
     """A new token for every call, as code that keeps nothing has it (botocore's own default)."""
-    original = Launcher.call
+    original = Calls.call
 
-    async def call(self: Launcher, batch: Any, cluster: Any) -> None:
-        request = json.loads(batch.request_json) | {"ClientToken": launching.client_token()}
+    async def call(self: Calls, batch: Any, cluster: Any) -> None:
+        request = json.loads(batch.request_json) | {"ClientToken": freezing.client_token()}
         await original(self, replace(batch, request_json=json.dumps(request)), cluster)
 
-    patch.setattr(Launcher, "call", call)
+    patch.setattr(Calls, "call", call)
 
 
 def delete_before_commit(patch: pytest.MonkeyPatch) -> None:
@@ -73,15 +73,15 @@ def no_launch_epoch_check(patch: pytest.MonkeyPatch) -> None:
     """Calls are made, and their answers count, under whatever epoch the launch was claimed."""
     called = str(launch_repository._CALLED).replace("AND lease_epoch = :lease_epoch", "AND :lease_epoch > 0")
     patch.setattr(launch_repository, "_CALLED", text(called))
-    original = Launcher.record
+    original = Calls.record
 
-    async def any_epoch(self: Launcher, batch: Any, *args: Any, **options: Any) -> None:
+    async def any_epoch(self: Calls, batch: Any, *args: Any, **options: Any) -> None:
         async with self.runtime.db.system() as conn:
             locked = await launch_repository.lock_batch(conn, batch.id)
         assert locked is not None
         await original(self, replace(batch, lease_epoch=locked[0].lease_epoch), *args, **options)
 
-    patch.setattr(Launcher, "record", any_epoch)
+    patch.setattr(Calls, "record", any_epoch)
 
 
 def no_row_level_security(patch: pytest.MonkeyPatch) -> None:

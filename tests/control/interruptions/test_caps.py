@@ -14,7 +14,8 @@ import pytest
 from control.gateways.aws import AwsGateway
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Pool
-from control.interruptions.launching import Launcher, storm_pause
+from control.interruptions.freezing import storm_pause
+from control.interruptions.launching import Launcher
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault

@@ -164,7 +164,7 @@ async def test_the_answer_of_a_lease_that_passed_on_writes_nothing(
     held = await _held(stage, worker="zombie")
     taken = await _held(stage, worker="other", claim=True)
     before = await _versions(stage)
-    await zombie.record(held, reading)
+    await zombie.calls.record(held, reading)
     async with stage.db.system() as conn:
         assert not await launch_repository.note_call(conn, held)
         assert not await launch_repository.keep_batch(conn, held)

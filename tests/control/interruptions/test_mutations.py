@@ -130,8 +130,8 @@ async def a_late_call_changes_nothing(stage: Stage, launcher: Launcher) -> list[
     calls = len(stage.calls("RunInstances"))
     async with stage.db.system() as conn:
         clusters = await launch_repository.cluster_facts(conn, [late.cluster_id])
-    await launcher.call(late, clusters[late.cluster_id])
-    await launcher.record(late, Reading(Meaning.REFUSED, "InsufficientInstanceCapacity", ""))
+    await launcher.calls.call(late, clusters[late.cluster_id])
+    await launcher.calls.record(late, Reading(Meaning.REFUSED, "InsufficientInstanceCapacity", ""))
     broken = ["the late one called"] if len(stage.calls("RunInstances")) > calls else []
     batch = await stage.tenant.row("SELECT state, leased_by, lease_epoch FROM launch_batches")
     if (batch.state, batch.leased_by, batch.lease_epoch) != ("unknown", "heir", heir.lease_epoch):

@@ -1,0 +1,231 @@
+"""Frozen RunInstances calls: sent, repeated with the same token, and their answers recorded.
+
+What an answer means is decided by ``answers`` and ``states``; this module sends, applies and commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from control.gateways.aws import AwsError, Role
+from control.interruptions import answers, launch_repository, metrics, pools, repository
+from control.interruptions.accounts import Accounts
+from control.interruptions.answers import Meaning, Reading
+from control.interruptions.launch_repository import BatchRow, ClusterFacts
+from control.interruptions.moving import Moves, intent_of
+from control.interruptions.runtime import Runtime
+from control.interruptions.states import (
+    Abandoned,
+    Denied,
+    InstanceEnded,
+    Launched,
+    LaunchEvent,
+    Mismatched,
+    Refused,
+    Unanswered,
+)
+
+log = structlog.get_logger(__name__)
+
+# The same token again after this long (RELIABILITY §2.5), and never after ten minutes.
+RETRY_SECONDS = 20.0
+THROTTLED_SECONDS = (1.0, 3.0)
+GIVE_UP_AFTER = timedelta(minutes=10)
+
+
+@asynccontextmanager
+async def heartbeat(runtime: Runtime, keep: Callable[[AsyncConnection], Awaitable[bool]]) -> AsyncIterator[None]:
+    """Keep leases alive until the block ends: slow work is not dead work."""
+    task = asyncio.create_task(_beat(runtime, keep), name="heartbeat")
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _beat(runtime: Runtime, keep: Callable[[AsyncConnection], Awaitable[bool]]) -> None:
+    while True:
+        await asyncio.sleep(launch_repository.HEARTBEAT_SECONDS)
+        try:
+            async with runtime.db.system() as conn:
+                if not await keep(conn):
+                    return
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("launch.heartbeat_failed", error=type(error).__name__)
+
+
+class Calls:
+    """The calls of one worker process; those under way are in ``under_way``."""
+
+    def __init__(self, runtime: Runtime, accounts: Accounts) -> None:
+        self.runtime, self.accounts = runtime, accounts
+        self.under_way: set[asyncio.Task[None]] = set()
+
+    def call_soon(self, batch: BatchRow, cluster: ClusterFacts) -> None:
+        """Make a committed call in the background; a crash leaves it to the launch reconciler."""
+        self.in_background(self.call(batch, cluster), f"launch {batch.id}")
+
+    def in_background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Do something about one batch without waiting for it; what fails is told and harms no other."""
+        task = asyncio.create_task(self._guarded(work, name), name=name)
+        self.under_way.add(task)
+        task.add_done_callback(self.under_way.discard)
+        return task
+
+    async def _guarded(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        try:
+            await work
+        except Exception as error:
+            # The batch keeps its lease and is repeated with the same token when it ends.
+            metrics.LOOP_FAILURES.labels("launch_call", type(error).__name__).inc()
+            log.warning("launch.call_interrupted", call=name, error=str(error)[:300])
+
+    def holding(self, batch: BatchRow) -> AbstractAsyncContextManager[None]:
+        """Keep a claimed batch for as long as the block takes."""
+        return heartbeat(self.runtime, partial(launch_repository.keep_batch, batch=batch))
+
+    async def call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
+        """Send a frozen request, once, and record what became of it."""
+        async with self.runtime.db.system() as conn:
+            calls = await launch_repository.note_call(conn, batch)
+            if not calls:
+                return
+        async with self.holding(batch):
+            await self._call(batch, cluster, first=calls == 1)
+
+    async def _call(self, batch: BatchRow, cluster: ClusterFacts, *, first: bool) -> None:
+        try:
+            credentials = await self.accounts.credentials(cluster)
+            answer = await self.runtime.aws.call(
+                "ec2",
+                "RunInstances",
+                json.loads(batch.request_json),
+                region=batch.region,
+                credentials=credentials,
+            )
+        except AwsError as error:
+            if error.code in answers.EXPIRED_CODES and cluster.role_arn:
+                self.runtime.aws.forget(Role(cluster.customer_id, cluster.role_arn, cluster.external_id))
+            reading = answers.read(error)
+            await self.record(batch, reading if first else answers.of_a_retry(reading))
+            return
+        instances = sorted(
+            answer.get("Instances", []), key=lambda item: (item.get("AmiLaunchIndex", 0), item["InstanceId"])
+        )
+        await self.record(
+            batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=[item["InstanceId"] for item in instances]
+        )
+
+    async def record(
+        self,
+        batch: BatchRow,
+        reading: Reading,
+        *,
+        instance_ids: Sequence[str] = (),
+        adopted: bool = False,
+        abandoned: bool = False,
+    ) -> None:
+        """Apply one answer to a batch and all its slots in one transaction; a second answer changes nothing."""
+        metrics.LAUNCH_CALLS.labels(reading.code or reading.meaning.value).inc()
+        moves = Moves(self.runtime.db.now())
+        async with self.runtime.db.system() as conn:
+            locked = await launch_repository.lock_batch(conn, batch.id)
+            if locked is None or locked[0].state not in ("calling", "unknown"):
+                return
+            if locked[0].lease_epoch != batch.lease_epoch:
+                # We were away for longer than a lease. Whoever has it now gets the same answer with the same token.
+                log.warning("launch.stale_answer", batch_id=str(batch.id), epoch=batch.lease_epoch)
+                return
+            _, slots = locked
+            intents = await launch_repository.lock_intents(conn, [slot.intent_id for slot in slots])
+            attempts = await launch_repository.attempts_of(conn, list(intents))
+            signals: list[tuple[str, str, str, str]] = []
+            for slot in slots:
+                event = event_of(reading, slot.slot, instance_ids, adopted=adopted, abandoned=abandoned)
+                if event is None:
+                    continue
+                row = intents[slot.intent_id]
+                moves.move(row, attempts[row.id], intent_of(row, attempts[row.id]), event)
+                if isinstance(event, Refused) and event.code in answers.POOL_CODES and not signals:
+                    signals.append((batch.region, slot.availability_zone, slot.instance_type, "refusal"))
+            state, retry = batch_after(reading, abandoned=abandoned)
+            await launch_repository.update_batch(
+                conn,
+                batch.id,
+                state=state or locked[0].state,
+                error_code=reading.code or None,
+                error_message=reading.message or None,
+                retry_seconds=retry,
+            )
+            await moves.save(conn)
+            await repository.add_penalties(
+                conn,
+                pools.penalties(batch.customer_id, signals),
+                half_life_seconds=pools.HALF_LIFE_SECONDS,
+                ceiling=pools.CEILING,
+            )
+        if instance_ids:
+            metrics.LAUNCHED.labels("adopted" if adopted else "answered").inc(len(instance_ids))
+        if reading.meaning is Meaning.MISMATCH:
+            metrics.LAUNCH_MISMATCHES.inc()
+        log.info(
+            "launch.answered",
+            batch_id=str(batch.id),
+            customer_id=str(batch.customer_id),
+            answer=reading.meaning.value,
+            code=reading.code or None,
+            instance_ids=list(instance_ids),
+            size=batch.size,
+        )
+        moves.report()
+        await moves.ring(self.runtime)
+
+
+def event_of(
+    reading: Reading, slot: int, instance_ids: Sequence[str], *, adopted: bool, abandoned: bool
+) -> LaunchEvent | None:
+    if abandoned:
+        return Abandoned()
+    match reading.meaning:
+        case Meaning.LAUNCHED if slot < len(instance_ids):
+            return Launched(instance_ids[slot], adopted)
+        case Meaning.LAUNCHED:
+            return Refused("PartialFill")
+        case Meaning.REFUSED:
+            return Refused(reading.code)
+        case Meaning.DENIED:
+            return Denied(f"{reading.code}: {reading.message}"[:300])
+        case Meaning.MISMATCH:
+            return Mismatched()
+        case Meaning.ENDED:
+            return InstanceEnded()
+        case Meaning.UNKNOWN:
+            return Unanswered()
+        case Meaning.THROTTLED:
+            return None
+
+
+def batch_after(reading: Reading, *, abandoned: bool) -> tuple[str | None, float]:
+    """The batch's next state (None: as it was) and the seconds until it is repeated."""
+    if abandoned:
+        return "abandoned", 0.0
+    match reading.meaning:
+        case Meaning.LAUNCHED:
+            return "answered", 0.0
+        case Meaning.REFUSED | Meaning.DENIED | Meaning.ENDED:
+            return "failed", 0.0
+        case Meaning.THROTTLED:
+            return None, random.uniform(*THROTTLED_SECONDS)
+        case _:
+            return "unknown", RETRY_SECONDS
