@@ -15,7 +15,7 @@ from control.gateways.aws import AwsGateway, Role
 from control.interruptions import intake as intake_module
 from control.interruptions import launch_repository
 from control.interruptions.answers import Meaning, Reading
-from control.interruptions.intake import QueueReader, Source
+from control.interruptions.intake import Held, QueueReader, Source
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.runtime import Runtime
@@ -44,7 +44,7 @@ async def _reader(stage: Stage, aws: AwsGateway) -> QueueReader:
     role = Role(customer.id, customer.aws_role_arn, str(customer.external_id))
     runtime = Runtime(stage.db, stage.db, aws, stage.bells, "reader", DEPLOYMENT)
     source = Source(customer.id, customer.sqs_queue_url, role)
-    return QueueReader(runtime, Facts(stage.db), source, asyncio.Semaphore(1))
+    return QueueReader(runtime, Facts(stage.db), source, asyncio.Semaphore(1), Held())
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from control.agents import repository as tasks
 from control.interruptions import intake as intake_module
 from control.interruptions import launch_repository
 from control.interruptions.answers import Meaning, Reading
-from control.interruptions.intake import QueueReader, Source
+from control.interruptions.intake import Held, QueueReader, Source
 from control.interruptions.launch_repository import BatchRow
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import launch as launch_reconciler
@@ -70,7 +70,7 @@ async def nothing_is_deleted_that_is_not_committed(stage: Stage, launcher: Launc
     patch = pytest.MonkeyPatch()
     patch.setattr(intake_module, "ingest", postgres_dies_once)
     source = Source(customer.id, customer.sqs_queue_url, role)
-    reader = QueueReader(launcher.runtime, Facts(stage.db), source, asyncio.Semaphore(1))
+    reader = QueueReader(launcher.runtime, Facts(stage.db), source, asyncio.Semaphore(1), Held())
     stage.aws.send_event(stage.queue, stage.tenant.warning(instance))
     try:
         async with asyncio.timeout(10):
