@@ -11,6 +11,7 @@ import json
 import re
 import signal
 from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
@@ -46,6 +47,37 @@ def test_every_crash_point_has_a_case_that_exists() -> None:
             if name not in functions:
                 missing.append(f"{point}: {path} has no {name}")
     assert missing == []
+
+
+def test_the_page_is_complete_and_names_what_exists() -> None:
+    """Every promise, class of bad input and load has its row; files, corpus cases and ``-k`` of commands are there."""
+    page = PAGE.read_text()
+    for kind, last in (("R", 28), ("Q", 22), ("L", 16)):
+        named = [int(number) for row in re.findall(r"^\|([^|]+)\|", page, re.MULTILINE) for number in _ids(kind, row)]
+        assert sorted(named) == list(range(1, last + 1)), kind
+    tests = {file.name: file.read_text() for file in (REPOSITORY / "tests").rglob("test_*.py")}
+    missing = [name for name in re.findall(r"`(test_\w+\.py)`", page) if name not in tests]
+    missing += [path for path in re.findall(r"tests/[\w/]+(?:\.py)?", page) if not (REPOSITORY / path).exists()]
+    missing += [
+        case
+        for case in re.findall(r"\b(?:sqs|scenarios)/q\d\d-\*", page)
+        if not list((REPOSITORY / "tests/corpus").glob(case)) and not _generated(case)
+    ]
+    for path, word in re.findall(r"(tests/[\w/]+\.py) -k (\w+)", page):
+        functions = re.findall(r"def (test_\w+)", (REPOSITORY / path).read_text())
+        if not any(word in name for name in functions):
+            missing.append(f"{path} -k {word}")
+    assert missing == []
+
+
+def _ids(kind: str, cell: str) -> list[str]:
+    return re.findall(rf"\b{kind}-(\d\d)\b", cell)
+
+
+def _generated(case: str) -> bool:
+    """Bodies too large to keep as files are described in the expectations."""
+    names = json.loads((REPOSITORY / "tests/corpus/sqs/expect.json").read_text())
+    return any(fnmatch(f"sqs/{name}", case) for name in names)
 
 
 # --- helpers
