@@ -88,6 +88,7 @@ def up(
 def migrate(
     with_dagster: Annotated[bool, typer.Option("--with-dagster", help="Also Dagster's schema.")] = False,
     revision: Annotated[str, typer.Option(help="Where to go.")] = "head",
+    with_lake: Annotated[bool, typer.Option("--lake/--no-lake", help="Also the lake's tables.")] = True,
 ) -> None:
     """Bring the database's schema and the lake's tables up to date."""
     import psycopg
@@ -106,7 +107,7 @@ def migrate(
     try:
         checks.check_database(settings.database_url)
         upgrade(settings.database_url, revision)
-        if revision == "head":
+        if with_lake and revision == "head":
             lake = Lake(settings.lake_root, settings.database_url)
             lake.create_tables()
             lake.close()

@@ -52,6 +52,15 @@ def adopt_running(home: Path, environ: MutableMapping[str, str]) -> None:
         "CLOUDOPTIM_ADMIN_API_KEY": document.get("admin_api_key"),
     }
     given = with_config_file(environ)
+    lake = str(addresses.get("lake") or "")
+    if lake.startswith("s3://"):
+        found["CLOUDOPTIM_LAKE_ROOT"] = lake
+        if document.get("sandbox"):  # whose S3 takes any key
+            found |= {
+                "AWS_ENDPOINT_URL": addresses.get("aws"),
+                "AWS_ACCESS_KEY_ID": "AKIACLOUDOPTIMSANDBX",
+                "AWS_SECRET_ACCESS_KEY": "sandbox",
+            }
     if not given.get("DB_HOST"):
         found["DATABASE_URL"] = addresses.get("postgres")
     if not given.get("REDIS_HOST"):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from pydantic import Field, ValidationError
@@ -143,6 +145,12 @@ class Sandbox:
             log.info("the market repeats %s from %s on", self._settings.replay_prices, f"{recorded:%Y-%m-%d %H:%M} UTC")
             keeping = asyncio.create_task(keep_time(market, log.warning))
             self._stack.push_async_callback(_ended, keeping)
+        if self._server_settings.lake_root.startswith("s3://"):
+            bucket = urlsplit(self._server_settings.lake_root).netloc
+            try:
+                await self.aws.ensure_bucket(bucket, os.environ.get("AWS_REGION") or "us-east-1")
+            except ValueError as error:
+                raise SandboxError(f"CLOUDOPTIM_LAKE_ROOT: {error}") from error
         for identity in identities:
             self.aws.add_account(identity.account_id, external_id=identity.external_id, region=identity.region)
         tokens = {c.cluster_name: c.k8s_token for identity in identities for c in identity.clusters}

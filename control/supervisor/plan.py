@@ -76,8 +76,7 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     """Choose ports, generate secrets and compose the environment of every process.
 
     Raises:
-        UpError: a port variable is wrong, the recording to replay is not there, or the lake would be in the sandbox's
-            buckets.
+        UpError: a port variable is wrong, or the recording to replay is not there.
         SettingsError: outside the sandbox, a secret is missing or weak.
     """
     environ = with_config_file(environ)
@@ -92,11 +91,6 @@ def make_plan(settings: Settings, environ: Mapping[str, str]) -> Plan:
     redis = EmbeddedRedis(home / "redis", port=ports["redis"]) if own_redis else None
     if not sandbox:
         settings.require_secrets()
-    elif "://" in settings.lake_root:
-        raise UpError(
-            f"CLOUDOPTIM_LAKE_ROOT is {settings.lake_root}, but the sandbox keeps no buckets over a restart; "
-            "choose a folder, or a real account with CLOUDOPTIM_SANDBOX=0"
-        )
     database_url = postgres.url() if postgres else settings.database_url
     urls = {name: PORTS[name].url(port, environ) for name, port in ports.items()}
     if sandbox and (recording := environ.get(REPLAY_PRICES)):
@@ -170,7 +164,12 @@ def all_programs(plan: Plan) -> list[Program]:
     if plan.redis:
         programs.append(Program("redis", plan.redis.prepare(), group="servers", ready=plan.redis.answers))
         servers += ("redis",)
-    programs.append(Program("migrate", [*cli, "migrate", "--with-dagster"], once=True, needs=servers[:1]))
+    # The sandbox needs the database to be made, and a lake in one of its buckets needs the sandbox.
+    lake_on_sandbox = plan.sandbox and plan.settings.lake_root.startswith("s3://")
+    without_lake = ["--no-lake"] * lake_on_sandbox
+    programs.append(
+        Program("migrate", [*cli, "migrate", "--with-dagster", *without_lake], once=True, needs=servers[:1])
+    )
     migrated = ("migrate", *servers)
     stage = migrated
     if plan.sandbox:
@@ -178,6 +177,10 @@ def all_programs(plan: Plan) -> list[Program]:
             Program("sandbox", [*cli, "sandbox", "run"], needs=stage, ready=lambda: read_sandbox(plan.home) is not None)
         )
         stage += ("sandbox",)
+    if lake_on_sandbox:
+        programs.append(Program("lake", [*cli, "migrate"], once=True, needs=stage))
+        stage += ("lake",)
+        migrated += ("lake",)
     started_at = time.time()
     # A wheel carries the file beside this module.
     workspaces = (REPOSITORY / "workspace.yaml", Path(__file__).with_name("workspace.yaml"))

@@ -46,6 +46,7 @@ from control.sandbox.aws import events
 from control.sandbox.aws.accounts import Account, Accounts, Credentials
 from control.sandbox.aws.autoscaling import ACTIONS as LIFECYCLE_ACTIONS
 from control.sandbox.aws.autoscaling import AutoScaling, LifecycleAction
+from control.sandbox.aws.buckets import Buckets
 from control.sandbox.aws.ec2 import Ec2
 from control.sandbox.aws.fallback import Moto
 from control.sandbox.aws.faults import Fault, Faults
@@ -70,7 +71,7 @@ class SandboxConfig:
     host: str = "127.0.0.1"
     port: int = 0
     home: Path | None = None
-    """Where state is kept over restarts (`aws.sqlite`, `aws_history.jsonl`); None keeps nothing."""
+    """Where state is kept over restarts (`aws.sqlite`, `s3.sqlite`, `aws_history.jsonl`); None keeps nothing."""
     platform_account_id: str = DEFAULT_PLATFORM_ACCOUNT
     """The account of the server itself, which assumes the customers' roles. Unknown access keys belong to it."""
     market: Market | None = None
@@ -146,7 +147,7 @@ class SandboxAWS:
         )
         self._prices = SpotHistory(self.market, self.config.price_page_size)
         self._price_list = PriceList(self.market, load_catalogue())
-        self._moto = Moto()
+        self._moto = Moto(Buckets(home / "s3.sqlite") if home else None)
         self._autoscaling = AutoScaling()
         # asyncio switches Nagle off only on sockets that name their protocol; without it every answer takes 40 ms
         family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
@@ -191,6 +192,7 @@ class SandboxAWS:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+        self._moto.close()
         self._storage.close()
         self._history.close()
 
@@ -202,6 +204,26 @@ class SandboxAWS:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+    async def ensure_bucket(self, name: str, region: str) -> None:
+        """A bucket of the platform's own account; nothing happens where there is one."""
+        document = "" if region == "us-east-1" else f"<LocationConstraint>{region}</LocationConstraint>"
+        signed = f"AWS4-HMAC-SHA256 Credential=SANDBOX/20260101/{region}/s3/aws4_request"
+        answer = await asyncio.get_running_loop().run_in_executor(
+            None,
+            lambda: self._moto.call(
+                method="PUT",
+                path=f"/{name}",
+                query=b"",
+                headers=[(b"authorization", signed.encode()), (b"host", b"127.0.0.1")],
+                body=f"<CreateBucketConfiguration>{document}</CreateBucketConfiguration>".encode() if document else b"",
+                account_id=self.config.platform_account_id,
+                service="s3",
+                region=region,
+            ),
+        )
+        if answer.status >= 400 and b"BucketAlreadyOwnedByYou" not in answer.body:
+            raise ValueError(f"the bucket {name} cannot be made: {answer.body.decode()[:300]}")
 
     # accounts -------------------------------------------------------------------------------------------------------
 
@@ -576,6 +598,8 @@ class SandboxAWS:
                 headers=list(scope["headers"]),
                 body=body,
                 account_id=call.caller.account_id,
+                service=call.service,
+                region=call.region,
             ),
         )
 
@@ -648,9 +672,9 @@ class SandboxAWS:
             case "GET", "health":
                 return {"status": "ok", "now": self.market.now().isoformat()}
             case "GET", "accounts":
-                return [asdict(a) for a in self.accounts()]
+                return [_shown(account) for account in self.accounts()]
             case "POST", "accounts":
-                return asdict(self.add_account(**document))
+                return _shown(self.add_account(**document))
             case "POST", "events":
                 return {"message_id": self.send_event(document["queue"], document["body"])}
             case "GET", "faults":
@@ -671,6 +695,11 @@ class SandboxAWS:
             case "POST", "interrupt":
                 return {"message_id": self.interrupt(**document)}
         return None
+
+
+def _shown(account: Account) -> dict[str, Any]:
+    """An account for anybody on this machine: the external id is a secret, which addresses.json tells its owner."""
+    return {name: value for name, value in asdict(account).items() if name != "external_id"}
 
 
 class SandboxAWSThread:

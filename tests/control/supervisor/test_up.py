@@ -13,7 +13,7 @@ import pytest
 
 from control.supervisor.environment import PORTS
 from control.supervisor.sweep import processes_of
-from tests.control.supervisor.harness import START_SECONDS, STOP_SECONDS, runs_in
+from tests.control.supervisor.harness import START_SECONDS, STOP_SECONDS, environment, runs_in
 
 
 @pytest.fixture
@@ -156,12 +156,31 @@ def test_unusable_redis_url_is_explained_in_one_line(start, redis_url):
     assert len(run.text.strip().splitlines()) == 1
 
 
-def test_a_lake_in_the_sandboxs_own_buckets_is_refused(start):
-    run = start(CLOUDOPTIM_LAKE_ROOT="s3://bucket/lake")
-    assert run.process.wait(30) == 1
-    assert "CLOUDOPTIM_LAKE_ROOT" in run.text
-    assert "the sandbox keeps no buckets" in run.text
-    assert len(run.text.strip().splitlines()) == 1
+@pytest.mark.crash
+def test_a_lake_in_a_bucket_of_the_sandbox_outlives_a_kill(start):
+    root = {"CLOUDOPTIM_LAKE_ROOT": "s3://the-lake/of/a-test"}
+
+    def tables(run):
+        command = [sys.executable, "-m", "control.cli", "lake", "sql", "SELECT count(*) AS n FROM node_cost_hourly"]
+        done = subprocess.run(
+            [*command, "--format", "json"],
+            env=environment(run.home, **root),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    run = start("--only", "lake", **root).until_ready()
+    assert set(run.addresses["processes"]) >= {"postgres", "sandbox"}
+    first = tables(run)
+    assert '"n"' in first
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    again = start("--only", "lake", **root).until_ready()
+    assert tables(again) == first
+    assert again.stop() < STOP_SECONDS
 
 
 def test_a_recording_that_is_not_there_is_named(start, tmp_path):
