@@ -1,7 +1,8 @@
-"""DescribeSpotPriceHistory: paged XML, newest first, formatted a whole chunk at a time.
+"""DescribeSpotPriceHistory: paged XML, newest first, formatted some pages at a time.
 
-A page of 1,000 records is a string join, not 1,000 templates: polars builds the items of a chunk (up to some 100,000
-records) in one expression, so that months of prices are served at hundreds of thousands of records a second.
+A page of 1,000 records is a string join, not 1,000 templates: polars builds the items of four pages in one expression,
+so that months of prices are served at hundreds of thousands of records a second. A query that nobody reads on holds the
+numbers of its chunk (20 bytes a record) and those pages.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from control.sandbox.market.interface import PRODUCT, Market, PriceChanges
 
 LARGEST_PAGE = 1_000
 _RESULTS_KEPT = 32
+_PAGES_AT_ONCE = 4
 _PAGES_KEPT = 4
 """A client that lost a response asks for the same page again, hardly ever for one further back."""
 
@@ -29,7 +31,7 @@ class _Result:
     """The pages of one query, made as they are asked for."""
 
     def __init__(self, chunks: Iterator[PriceChanges], zone_names: dict[str, str], page_size: int) -> None:
-        self._chunks, self._zone_names, self._page_size = chunks, zone_names, page_size
+        self._coming = (page for chunk in chunks for page in _pages(chunk, zone_names, page_size))
         self._pages: dict[int, str] = {}
         self._made = 0
         self._exhausted = False
@@ -38,13 +40,12 @@ class _Result:
     def page(self, number: int) -> tuple[str, bool] | None:
         """Page text and whether another follows; None when the page was dropped already."""
         while number + 1 >= self._made and not self._exhausted:
-            chunk = next(self._chunks, None)
-            if chunk is None:
+            made = next(self._coming, None)
+            if made is None:
                 self._exhausted = True
                 break
-            for formatted in _pages(chunk, self._zone_names, self._page_size):
-                self._pages[self._made] = formatted
-                self._made += 1
+            self._pages[self._made] = made
+            self._made += 1
         for old in [n for n in self._pages if n < number - _PAGES_KEPT]:
             del self._pages[old]
         if number >= self._made:
@@ -185,8 +186,17 @@ def _pages(chunk: PriceChanges, zone_names: dict[str, str], size: int) -> Iterat
             for p in chunk.pools
         ]
     )
-    pool = pl.Series(chunk.pool[::-1])
-    usd = chunk.usd_per_hour[::-1]
+    step = size * _PAGES_AT_ONCE
+    for stop in range(len(chunk), 0, -step):
+        made = _formatted(chunk, slice(max(0, stop - step), stop), heads, tails, size)
+        while made:
+            yield made.pop()
+
+
+def _formatted(chunk: PriceChanges, rows: slice, heads: pl.Series, tails: pl.Series, size: int) -> list[str]:
+    """The pages of some rows, the first page last; a function, so that a waiting generator holds nothing but them."""
+    pool = pl.Series(chunk.pool[rows][::-1])
+    usd = chunk.usd_per_hour[rows][::-1]
     millionths = np.round(usd * 1e6)
     if np.abs(millionths / 1e6 - usd).max() < 1e-9:
         whole = pl.Series((millionths // 1_000_000).astype(np.int64)).cast(pl.String)
@@ -198,7 +208,7 @@ def _pages(chunk: PriceChanges, zone_names: dict[str, str], size: int) -> Iterat
         {
             "head": heads.gather(pool),
             "price": price,
-            "at": pl.Series(chunk.at[::-1]).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%dT%H:%M:%S.%3fZ"),
+            "at": pl.Series(chunk.at[rows][::-1]).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%dT%H:%M:%S.%3fZ"),
             "tail": tails.gather(pool),
         }
     )
@@ -206,4 +216,6 @@ def _pages(chunk: PriceChanges, zone_names: dict[str, str], size: int) -> Iterat
         pl.concat_str("head", "price", pl.lit("</spotPrice><timestamp>"), "at", "tail").alias("item"),
         (pl.int_range(pl.len()) // size).alias("page"),
     )
-    yield from items.group_by("page", maintain_order=True).agg(pl.col("item").str.join(""))["item"]
+    pages = items.group_by("page", maintain_order=True).agg(pl.col("item").str.join(""))["item"].to_list()
+    pages.reverse()
+    return pages

@@ -1,6 +1,7 @@
 """Price endpoints through boto3: what AWS's own paginator makes of them."""
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from control.sandbox.aws import SandboxAWSThread, SandboxConfig, network
+from control.sandbox.aws.protocol import Call, Caller
+from control.sandbox.aws.spot_history import SpotHistory
 from control.sandbox.market import GeneratedMarket
 from tests.sandbox.aws.conftest import ACCOUNT
 
@@ -130,3 +133,24 @@ def test_price_list_pages_and_has_the_traps(aws: SandboxAWSThread, clients: Call
     assert prices(products(instanceType="p4d.24xlarge", marketoption="OnDemand", **usual)) == [32.7726]
     assert 0.0 in prices(products(instanceType="m5.large", regionCode="us-east-1"))
     assert prices(products(instanceType="m5.large", **usual)) == [0.096]
+
+
+def test_queries_that_nobody_reads_on_hold_a_few_pages_each(market: GeneratedMarket) -> None:
+    prices, now = SpotHistory(market), datetime.now(UTC)
+    list(market.changes("us-east-1", now - timedelta(days=30), now))  # its blocks are kept, whoever asks
+
+    def ask(minutes: int) -> str:
+        start, end = (now - timedelta(days=days, minutes=minutes) for days in (30, 0))
+        params = {"StartTime": start.isoformat(), "EndTime": end.isoformat()}
+        caller = Caller(ACCOUNT, "", "")
+        return prices.handle(Call("ec2", "us-east-1", "DescribeSpotPriceHistory", params, caller, False)).body.decode()
+
+    page_bytes = len(ask(0))
+    tracemalloc.start()
+    try:
+        for minutes in range(1, 5):
+            assert "<nextToken></" not in ask(minutes)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / 4 < 8 * page_bytes

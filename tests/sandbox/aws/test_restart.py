@@ -52,25 +52,13 @@ def test_everything_is_there_after_a_restart(
     assert (tmp_path / "aws.sqlite").stat().st_mode & 0o077 == 0
 
 
-def test_killed_sandbox_has_lost_nothing_it_acknowledged(
-    tmp_path: Path, market: GeneratedMarket, clients: Callable[..., Any]
-) -> None:
+def test_killed_sandbox_has_lost_nothing_it_acknowledged(tmp_path: Path, market: GeneratedMarket) -> None:
     program = (
         "import pathlib, sys, time\n"
         "from control.sandbox.aws import SandboxAWSThread, SandboxConfig\n"
         f"aws = SandboxAWSThread(SandboxConfig(home=pathlib.Path({str(tmp_path)!r})))\n"
         "aws.start()\n"
         f"aws.add_account({ACCOUNT!r}, external_id='x')\n"
-        "import boto3\n"
-        "s3 = boto3.client('s3', endpoint_url=aws.url, region_name='us-east-1', **aws.credentials().boto3())\n"
-        "s3.create_bucket(Bucket='kept-by-a-kill')\n"
-        "s3.put_object(Bucket='kept-by-a-kill', Key='a folder/b', Body=b'12', Metadata={'of': 'mine'})\n"
-        "s3.put_object(Bucket='kept-by-a-kill', Key='deleted', Body=b'1')\n"
-        "s3.delete_objects(Bucket='kept-by-a-kill', Delete={'Objects': [{'Key': 'deleted'}]})\n"
-        "up = s3.create_multipart_upload(Bucket='kept-by-a-kill', Key='parts')['UploadId']\n"
-        "of = {'Bucket': 'kept-by-a-kill', 'Key': 'parts', 'UploadId': up}\n"
-        "tag = s3.upload_part(**of, PartNumber=1, Body=b'123')['ETag']\n"
-        "s3.complete_multipart_upload(**of, MultipartUpload={'Parts': [{'PartNumber': 1, 'ETag': tag}]})\n"
         "for n in range(1, 200):\n"
         f"    aws.send_event({ACCOUNT!r}, str(n))\n"
         "    print(n, flush=True)\n"
@@ -92,6 +80,38 @@ def test_killed_sandbox_has_lost_nothing_it_acknowledged(
         process.stdout.close()
     with SandboxAWSThread(SandboxConfig(home=tmp_path, market=market)) as aws:
         assert aws.queue_depth(ACCOUNT)[0] >= acknowledged >= 100
+
+
+@pytest.mark.crash
+def test_killed_sandbox_has_every_object_of_its_buckets(
+    tmp_path: Path, market: GeneratedMarket, clients: Callable[..., Any]
+) -> None:
+    program = (
+        "import pathlib, time\n"
+        "from control.sandbox.aws import SandboxAWSThread, SandboxConfig\n"
+        f"aws = SandboxAWSThread(SandboxConfig(home=pathlib.Path({str(tmp_path)!r})))\n"
+        "aws.start()\n"
+        "import boto3\n"
+        "s3 = boto3.client('s3', endpoint_url=aws.url, region_name='us-east-1', **aws.credentials().boto3())\n"
+        "s3.create_bucket(Bucket='kept-by-a-kill')\n"
+        "s3.put_object(Bucket='kept-by-a-kill', Key='a folder/b', Body=b'12', Metadata={'of': 'mine'})\n"
+        "s3.put_object(Bucket='kept-by-a-kill', Key='deleted', Body=b'1')\n"
+        "s3.delete_objects(Bucket='kept-by-a-kill', Delete={'Objects': [{'Key': 'deleted'}]})\n"
+        "up = s3.create_multipart_upload(Bucket='kept-by-a-kill', Key='parts')['UploadId']\n"
+        "of = {'Bucket': 'kept-by-a-kill', 'Key': 'parts', 'UploadId': up}\n"
+        "tag = s3.upload_part(**of, PartNumber=1, Body=b'123')['ETag']\n"
+        "s3.complete_multipart_upload(**of, MultipartUpload={'Parts': [{'PartNumber': 1, 'ETag': tag}]})\n"
+        "print('done', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    # moto's buckets belong to a process, so what the second sandbox shows comes from the file
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "done\n"
+        finally:
+            process.kill()
+    with SandboxAWSThread(SandboxConfig(home=tmp_path, market=market)) as aws:
         s3 = clients(aws, "s3", aws.credentials())
         listed = s3.list_objects_v2(Bucket="kept-by-a-kill")["Contents"]
         assert [(row["Key"], row["Size"]) for row in listed] == [("a folder/b", 2), ("parts", 3)]
