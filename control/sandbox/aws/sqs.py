@@ -29,6 +29,7 @@ LARGEST_MESSAGE_BYTES = 1_048_576
 """SQS raised its limit from 256 KiB to 1 MiB in August 2025."""
 LARGEST_INFLIGHT = 120_000
 
+_REGION = re.compile(r"https?://sqs\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?(?::\d+)?/")
 _DEFAULTS = {
     "VisibilityTimeout": "30",
     "MaximumMessageSize": str(LARGEST_MESSAGE_BYTES),
@@ -372,6 +373,11 @@ class Sqs:
         if not url:
             raise AwsError("MissingParameter", "The request must contain the parameter QueueUrl.")
         queue = self.find(str(url), call.caller.account_id)
+        # The sandbox's own addresses name no region and answer in any. One as on AWS does, and a client in another
+        # region, or the queue in another than the address says, meets what AWS would answer.
+        named = _REGION.match(str(url))
+        if named is not None and not named[1] == call.region == queue.region:
+            raise AwsError("AWS.SimpleQueueService.NonExistentQueue", "The specified queue does not exist.")
         if queue.account_id != call.caller.account_id:
             raise AwsError(
                 "AccessDenied",

@@ -175,6 +175,24 @@ def test_missing_queue_has_the_exception_boto3_knows(sqs: Any, queue: str) -> No
         sqs.get_queue_url(QueueName="nope")
 
 
+def test_an_address_on_aws_names_a_region_and_only_the_right_one_has_the_queue(
+    aws: SandboxAWSThread, clients: Callable[..., Any], queue: str
+) -> None:
+    """The sandbox's own addresses name none and answer in any; an address as on AWS plays a queue elsewhere."""
+    path = queue.split("/", 3)[3]
+    wrong, right = (f"https://sqs.{region}.amazonaws.com/{path}" for region in ("eu-west-1", "us-east-1"))
+    there, here = (
+        clients(aws, "sqs", aws.credentials(ACCOUNT), region=region) for region in ("eu-west-1", "us-east-1")
+    )
+    for client, address in ((there, wrong), (there, right), (here, wrong)):
+        with pytest.raises(client.exceptions.QueueDoesNotExist):
+            client.receive_message(QueueUrl=address)
+    sent = aws.send_event(queue, "{}")
+    assert received(there, queue)[0]["MessageId"] == sent
+    sent = aws.send_event(queue, "{}")
+    assert received(here, right)[0]["MessageId"] == sent
+
+
 def test_purge_and_delayed_messages(aws: SandboxAWSThread, sqs: Any, queue: str) -> None:
     aws.send_event(queue, "later", delay_seconds=60)
     attributes = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["All"])["Attributes"]
