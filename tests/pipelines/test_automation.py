@@ -21,7 +21,7 @@ from tests.pipelines.conftest import World, at, price
 from warehouse.lake.store import Lake
 
 HOUR = timedelta(hours=1)
-UNPARTITIONED = {"data_gaps", "metric_retention", "inbox_retention", "lake_maintenance"}
+UNPARTITIONED = {"data_gaps", "metric_retention", "inbox_retention", "record_retention", "lake_maintenance"}
 
 
 def assets() -> list[dg.AssetSpec]:

@@ -4,12 +4,17 @@ from datetime import timedelta
 
 import dagster as dg
 
-from cloudoptim_pipelines.defs.maintenance.assets import inbox_retention, lake_maintenance, metric_retention
+from cloudoptim_pipelines.defs.maintenance.assets import (
+    inbox_retention,
+    lake_maintenance,
+    metric_retention,
+    record_retention,
+)
 from cloudoptim_pipelines.pacing import EVERY_TEN_MINUTES, tick
 
 maintain = dg.define_asset_job(
     "maintain",
-    selection=dg.AssetSelection.assets(metric_retention, inbox_retention, lake_maintenance),
+    selection=dg.AssetSelection.assets(metric_retention, inbox_retention, record_retention, lake_maintenance),
     description="Drop what the lake holds already, join small files, remove unneeded ones.",
 )
 
