@@ -4,6 +4,7 @@
     .venv/bin/python -m tests.benchmarks.bench_storm --notices 1000 --clusters 50 --seconds 60  # storm B
     .venv/bin/python -m tests.benchmarks.bench_storm --flood 15000                              # mixed, all at once
     .venv/bin/python -m tests.benchmarks.bench_storm --backlog 5000                             # after an outage
+    .venv/bin/python -m tests.benchmarks.bench_storm --old 100000                               # after a long one
 
 One customer's queue serves all clusters. Prints one JSON line: time from a notice's moment to its drain being leased
 by the cluster's agent (p50, p99, max), or messages per second through receive, commit and delete; and the machine's
@@ -247,6 +248,51 @@ async def backlog(found: Stage, messages: int, workers: int) -> dict[str, Any]:
     }
 
 
+async def old_backlog(found: Stage, messages: int, still_valid: int, workers: int) -> dict[str, Any]:
+    """A long outage ends: old warnings about nodes that are gone, and a few, anywhere among them, still valid."""
+    nodes = await _nodes(found, still_valid + 500)
+    valid, gone = nodes[:still_valid], nodes[still_valid:]
+    await found.tenant.rows(
+        "UPDATE nodes SET terminated_at = now() - interval '20 minutes', status = 'terminated', "
+        "last_seen_at = now() - interval '20 minutes' WHERE instance_id = ANY(:gone) RETURNING 1",
+        gone=gone,
+    )
+    found.agent_works = False
+    old = (datetime.now(UTC) - timedelta(minutes=30)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    rng = random.Random(5)
+    bodies = [json.dumps(found.tenant.warning(rng.choice(gone), time=old)) for _ in range(messages - still_valid)]
+    bodies += [json.dumps(found.tenant.warning(instance)) for instance in valid]
+    rng.shuffle(bodies)
+    for _ in range(workers):
+        found.start_worker()
+    await _intake_is_on(found)
+    before, spent = _memory(found), Spent.so_far(found)
+    began = time.time()
+    found.aws.send_events(found.queue, bodies)
+    await _until_empty(found)
+    took = time.time() - began
+    cpu = Spent.so_far(found).since(spent)
+    row = await found.tenant.row(
+        "SELECT (SELECT count(*) FROM inbox_messages) AS committed, "
+        "(SELECT count(*) FROM agent_tasks WHERE parameters ->> 'instance_id' = ANY(:valid)) AS offered, "
+        "(SELECT count(*) FROM agent_tasks WHERE parameters ->> 'instance_id' <> ALL(:valid)) AS over",
+        valid=valid,
+    )
+    return {
+        "messages": messages,
+        "workers": workers,
+        "still_valid": still_valid,
+        "committed": row.committed - 1,
+        "offered": row.offered,
+        "offered_that_were_over": row.over,
+        "seconds": round(took, 2),
+        "messages_per_second": round(messages / took),
+        "messages_per_worker_cpu_second": round(messages / cpu["workers"]),
+        "cpu_seconds": cpu,
+        "worker_rss_mib_before_after": [before, _memory(found)],
+    }
+
+
 async def _main(run: Callable[[Stage], Awaitable[dict[str, Any]]]) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=MEMORY) as folder:
         await asyncio.to_thread(Path(folder).chmod, 0o755)
@@ -273,9 +319,12 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--flood", type=int, default=0)
     parser.add_argument("--backlog", type=int, default=0)
+    parser.add_argument("--old", type=int, default=0)
     a = parser.parse_args()
     if a.flood:
         asyncio.run(_main(lambda found: flood(found, a.flood, a.workers)))
+    elif a.old:
+        asyncio.run(_main(lambda found: old_backlog(found, a.old, min(200, a.old // 10), a.workers)))
     elif a.backlog:
         asyncio.run(_main(lambda found: backlog(found, a.backlog, a.workers)))
     else:

@@ -108,6 +108,19 @@ async def test_an_agents_notice_is_the_same_interruption(api: Api, keys: Keys, c
     assert found["detected_by"] == ["push", "agent"]
 
 
+@pytest.mark.parametrize("status", ["suspended", "offboarding"])
+async def test_events_of_a_customer_that_is_not_served_are_not_taken(
+    api: Api, keys: Keys, customer: Tenant, status: str
+) -> None:
+    """Q-18 end to end: its queue is not read, and its keys open nothing."""
+    node = await customer.node()
+    await customer.rows("UPDATE customers SET status = :s WHERE id = :customer_id RETURNING 1", s=status)
+    assert (await api.call("POST", "/events/aws", keys.admin_key, json=customer.warning(node))).status_code == 401
+    assert (await _notify(api, keys, _notice(node))).status_code == 401
+    assert await customer.rows("SELECT 1 FROM inbox_messages WHERE customer_id = :customer_id") == []
+    assert await _drained_nodes(customer) == set()
+
+
 async def _quarantined(api: Api, keys: Keys) -> list[dict[str, Any]]:
     return (await api.ok("GET", "/quarantine", keys.analyst_key))["messages"]
 

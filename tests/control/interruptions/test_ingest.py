@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -93,55 +95,54 @@ async def test_any_number_of_deliveries_to_three_consumers_make_one_set(db: Data
     assert tuple(counts) == (40, 40, 40, 40, 40), f"seed {seed}"
 
 
-async def test_four_signals_of_one_instance_in_any_order_are_one_interruption(db: Database, tenant) -> None:
-    seed = random.randrange(1 << 32)
-    rng = random.Random(seed)
+async def test_four_signals_of_one_instance_in_all_24_orders_are_one_interruption(db: Database, tenant: Tenant) -> None:
+    """Q-15: whoever is first, one interruption that names all four, one drain, one replacement."""
     facts = await tenant.facts()
-    for _ in range(6):
-        instance = await tenant.node()
+    orders = list(itertools.permutations(("warning", "rebalance", "state", "agent")))
+    instances = await tenant.nodes(len(orders))
+
+    async def tell(instance: str, order: Sequence[str]) -> None:
+        messages = {
+            "warning": sqs(tenant.warning(instance)),
+            "rebalance": sqs(tenant.rebalance(instance)),
+            "state": sqs(tenant.state_change(instance, "shutting-down")),
+        }
         agent = AgentEvent(
             event_type=EventKind.SPOT_INTERRUPTION,
             instance_id=instance,
             occurred_at=datetime.now(UTC),
             instance_action=InterruptionAction.TERMINATE,
         )
-        signals = [
-            sqs(tenant.warning(instance)),
-            sqs(tenant.rebalance(instance)),
-            sqs(tenant.state_change(instance, "shutting-down")),
-            agent,
-        ]
-        rng.shuffle(signals)
-        for signal in signals:
-            if isinstance(signal, AgentEvent):
+        for name in order:
+            if name == "agent":
                 await accept_agent_events(
                     db,
                     None,
                     customer_id=tenant.customer_id,
                     cluster_id=tenant.cluster_id,
                     region=tenant.region,
-                    events=[signal],
+                    events=[agent],
                 )
             else:
-                await ingest(db, facts, [signal])
-        interruption = await tenant.row(
-            "SELECT * FROM interruptions WHERE customer_id = :customer_id AND instance_id = :i", i=instance
-        )
-        assert set(interruption.detected_by) == {
-            "sqs",
-            "agent",
-            "rebalance_recommendation",
-            "instance_state_change",
-        }, f"seed {seed}"
-        assert interruption.kind == "spot_interruption"
-        history = await tenant.rows(
-            "SELECT version FROM interruption_history WHERE interruption_id = :id ORDER BY version", id=interruption.id
-        )
-        assert [row.version for row in history] == list(range(1, interruption.version + 1))
-        tasks = await tenant.rows("SELECT * FROM agent_tasks WHERE interruption_id = :id", id=interruption.id)
-        assert len(tasks) == 1
-        events = await tenant.rows("SELECT * FROM spot_events WHERE interruption_id = :id", id=interruption.id)
-        assert len(events) == 4
+                await ingest(db, facts, [messages[name]])
+
+    for instance, order in zip(instances, orders, strict=True):
+        await tell(instance, order)
+    rows = await tenant.rows(
+        """SELECT i.instance_id, i.detected_by, i.instance_action, i.state,
+                  (SELECT count(*) FROM agent_tasks t WHERE t.interruption_id = i.id) AS drains,
+                  (SELECT count(*) FROM launch_intents l WHERE l.interruption_id = i.id) AS launches
+           FROM interruptions i WHERE i.customer_id = :customer_id"""
+    )
+    assert sorted(row.instance_id for row in rows) == sorted(instances)
+    told = ["agent", "instance_state_change", "rebalance_recommendation", "sqs"]
+    by_instance = {row.instance_id: row for row in rows}
+    for instance, order in zip(instances, orders, strict=True):
+        row = by_instance[instance]
+        became = (sorted(row.detected_by), row.instance_action, row.state, row.drains, row.launches)
+        assert became == (told, "terminate", "open", 1, 1), order
+    drained = await tenant.rows("SELECT parameters FROM agent_tasks WHERE customer_id = :customer_id")
+    assert sorted(row.parameters["instance_id"] for row in drained) == sorted(instances)
 
 
 async def test_terminated_before_the_warning_drains_nothing(db: Database, tenant) -> None:

@@ -263,6 +263,42 @@ async def test_undeletable_messages_come_again_and_change_nothing(stage: Stage, 
     assert len(await stage.interruptions()) == 1
 
 
+async def test_three_consumers_of_one_queue_make_one_interruption_of_ten_deliveries(
+    stage: Stage, intake: Intake
+) -> None:
+    """Q-14 over the queue: ten times at once, to three consumers, and again when the interruptions are over."""
+    stop = asyncio.Event()
+    others = [Intake(replace(intake.runtime, worker=f"other-{number}")) for number in range(2)]
+    running = [asyncio.create_task(other.run(stop)) for other in others]
+
+    async def reading() -> bool:
+        return all(stage.tenant.customer_id in one.readers for one in (intake, *others))
+
+    async def emptied() -> bool:
+        return stage.aws.queue_depth(stage.queue) == (0, 0)
+
+    await stage.until(reading, 10)
+    nodes = await stage.tenant.nodes(3)
+    events = [json.dumps(stage.tenant.warning(node)) for node in nodes]
+    again = [json.dumps(stage.tenant.warning(node)) for node in nodes]
+    stage.aws.send_events(stage.queue, events * 10)
+    await stage.until(emptied, 20)
+    assert sorted(row.instance_id for row in await stage.interruptions()) == nodes
+    await stage.tenant.rows(
+        "UPDATE interruptions SET state = 'closed', outcome = 'handled', closed_at = now() "
+        "WHERE customer_id = :customer_id AND state <> 'closed' RETURNING 1"
+    )
+    stage.aws.send_events(stage.queue, [*events, *again] * 3)
+    await stage.until(emptied, 20)
+    inbox = await stage.tenant.rows("SELECT outcome FROM inbox_messages WHERE customer_id = :customer_id")
+    assert [row.outcome for row in inbox] == ["handled"] * 6
+    assert [row.state for row in await stage.interruptions()] == ["closed"] * 3
+    tasks = await stage.tenant.rows("SELECT 1 FROM agent_tasks WHERE customer_id = :customer_id")
+    assert len(tasks) == 3
+    stop.set()
+    await asyncio.gather(*running)
+
+
 @pytest.mark.parametrize(
     ("error", "word", "lasting"),
     [

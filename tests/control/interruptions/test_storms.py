@@ -70,3 +70,13 @@ async def test_5000_old_messages_after_an_outage(stage: Stage) -> None:
     assert figures["over_handled_before_the_last_valid_task"] < 0.5 * figures["over"]
     # Well within what is left of their notice (100 s), and at 200 messages a second or more (Q-21).
     assert figures["last_valid_offered_s"] <= 25
+
+
+async def test_100000_old_messages_after_an_outage(stage: Stage) -> None:
+    """Q-21 at full size: warnings that are long over, and 200 among the last that can still be helped."""
+    figures = _said("old backlog", await bench_storm.old_backlog(stage, 100_000, still_valid=200, workers=1))
+    assert (figures["committed"], figures["offered"]) == (100_000, 200)
+    assert figures["offered_that_were_over"] == 0
+    assert figures["messages_per_second"] >= 200
+    (before,), (after,) = figures["worker_rss_mib_before_after"]
+    assert after - before <= 100
