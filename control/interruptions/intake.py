@@ -19,7 +19,7 @@ from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from control.gateways.aws import (
     OWN_CREDENTIALS,
@@ -470,10 +470,11 @@ class QueueReader:
                         # It comes again, and is taken apart again.
                         await self._refuses(error, 1)
                         break
-                    if attempt == ALONE_TRIES - 1:
+                    if not isinstance(error, IntegrityError) or attempt == ALONE_TRIES - 1:
                         await self._set_aside(message, error)
-                    else:
-                        await asyncio.sleep(DATABASE_BACKOFF_SECONDS[0])
+                        break
+                    # Another writer may be why.
+                    await asyncio.sleep(DATABASE_BACKOFF_SECONDS[0])
 
     async def _set_aside(self, message: SqsMessage, error: Exception) -> None:
         """To quarantine, to be replayed when it can be taken in."""

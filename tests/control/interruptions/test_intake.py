@@ -411,6 +411,24 @@ async def test_a_message_the_database_refuses_is_set_aside_and_blocks_nobody(
         await stage.until(emptied, 20)
 
 
+async def test_a_batch_full_of_what_the_database_refuses_is_over_within_its_visibility_timeout(
+    stage: Stage, intake: Intake
+) -> None:
+    bad, good = await stage.tenant.nodes(2)
+    async with refusing(stage.db, bad, "data_exception"):
+        poison = [json.dumps(stage.tenant.warning(bad)) for _ in range(30)]
+        stage.aws.send_events(stage.queue, [*poison, json.dumps(stage.tenant.warning(good))])
+
+        async def emptied() -> bool:
+            return stage.aws.queue_depth(stage.queue) == (0, 0)
+
+        await stage.until(emptied, 11)
+        await _drained(stage, stage.tenant, good)
+        kept = await stage.tenant.rows("SELECT max(receive_count) AS n, count(*) AS kept FROM inbox_messages "
+                                       "WHERE outcome = 'quarantined'")  # fmt: skip
+        assert [tuple(row) for row in kept] == [(1, 30)]
+
+
 async def test_a_batch_that_fails_again_and_again_is_taken_apart_and_told(stage: Stage, intake: Intake) -> None:
     """An error that says nothing of the content, while Postgres answers: the neighbours do not wait for ever."""
     bad, good = await stage.launch_nodes(2)
