@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from botocore.exceptions import ClientError
 
@@ -108,3 +109,14 @@ def test_session_lives_between_a_quarter_of_an_hour_and_twelve(
             RoleArn=account(aws).role_arn, RoleSessionName="cloudoptim", ExternalId="external-1", DurationSeconds=43201
         )
     assert code(error) == "ValidationError"
+
+
+def test_the_control_api_tells_nobody_an_external_id(aws: SandboxAWSThread) -> None:
+    known = {a.account_id: a.external_id for a in aws.accounts()}
+    listed = httpx.get(f"{aws.url}/_sandbox/accounts")
+    assert [row["account_id"] for row in listed.json()] == list(known)
+    assert listed.json()[0]["queue_url"] == account(aws).queue_url
+    new = {"account_id": "555566667777", "external_id": "a-secret-of-the-customer"}
+    added = httpx.post(f"{aws.url}/_sandbox/accounts", json=new)
+    assert added.json()["role_arn"] == "arn:aws:iam::555566667777:role/CloudOptim"
+    assert not any(secret in listed.text + added.text for secret in (*known.values(), new["external_id"]))
