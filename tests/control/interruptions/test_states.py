@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from control.interruptions import merging, states
 from control.interruptions.merging import Effects, Known
 from control.interruptions.parsing import ParsedEvent
-from control.interruptions.policies import Act, Decision, NodeFacts, Policy, decide
+from control.interruptions.policies import SOFT_KINDS, Act, Decision, NodeFacts, Policy, decide
 from control.interruptions.states import (
     DRAIN_ENDED,
     LAUNCH_ENDED,
@@ -250,7 +251,6 @@ INSTANCE = "i-0123456789abcdef0"
 ZONE = UUID(int=1)
 FAR = timedelta(days=3)
 KINDS = sorted(merging.STRENGTH)
-LIVELY = (EventKind.REBALANCE_RECOMMENDATION, EventKind.SCHEDULED_CHANGE)
 
 
 @dataclass
@@ -261,7 +261,6 @@ class Branch:
     drained_at: datetime | None = None
     launch: IntentState | None = None
     launch_at: datetime = NOW
-    decided_at: datetime | None = None
 
 
 class SignalMachine(RuleBasedStateMachine):
@@ -269,16 +268,17 @@ class SignalMachine(RuleBasedStateMachine):
     launches, or both fail; ``decide`` and ``merging`` answer, and the workers' loops do what they ask for."""
 
     @initialize(
-        policies=st.fixed_dictionaries({kind: st.sampled_from([Policy.PRE_SPIN, Policy.DRAIN]) for kind in KINDS})
+        policies=st.fixed_dictionaries({kind: st.sampled_from([Policy.PRE_SPIN, Policy.DRAIN]) for kind in KINDS}),
+        registered=st.booleans(),
     )
-    def start(self, policies: dict[EventKind, Policy]) -> None:
+    def start(self, policies: dict[EventKind, Policy], registered: bool) -> None:
         self.now = NOW
         self.policies = policies
         self.known: list[Known] = []
         self.branches: list[Branch] = []
         self.sent: list[ParsedEvent] = []
         self.gone = False
-        self.registered = True
+        self.registered = registered
         self.hard: dict[int, datetime] = {}
 
     def node(self) -> NodeFacts | None:
@@ -315,7 +315,7 @@ class SignalMachine(RuleBasedStateMachine):
         repeated = merging.merge(self.known[index], event, decision, node, label, self.now)
         assert repeated.known == self.known[index]
         assert not repeated.effects.launches
-        self.answered(index, event, decision)
+        self.answered(index, before, event, decision)
 
     def do(self, index: int, effects: Effects) -> None:
         branch = self.branches[index]
@@ -324,27 +324,44 @@ class SignalMachine(RuleBasedStateMachine):
             branch.launch, branch.launch_at = IntentState.PLANNED, effects.act_at or self.now
         if effects.hastens_to and branch.launch is IntentState.PLANNED:
             branch.launch_at = min(branch.launch_at, effects.hastens_to)
-        if effects.drain_may_retry and branch.drain == "failed":
+        if effects.drain_may_retry and branch.drain in ("failed", "expired"):
             branch.drain = None
         if effects.drains and branch.drain is None:
-            branch.drain, branch.decided_at = "queued", self.now
+            branch.drain = "queued"
 
-    def answered(self, index: int, event: ParsedEvent, decision: Decision) -> None:
+    def answered(self, index: int, before: Known | None, event: ParsedEvent, decision: Decision) -> None:
         """No signal is lost: it is under way, or was dealt with and nothing is left to do."""
         one, branch = self.known[index], self.branches[index]
-        if one.state == "unmatched" or decision.gone:
-            return
-        if one.state == "open":
-            if event.kind not in LIVELY:
-                assert not one.soft, "an announced end took nothing over"
-                assert branch.drain is not None or one.drain_pending, "an end without a drain"
-                assert one.deadline_at <= (decision.deadline_at or self.now)
-            return
-        if event.kind not in LIVELY:
-            assert not one.soft or not merging.left_alive(one, self.now), "a closed soft one swallowed an end"
+        strength = merging.STRENGTH
+        if one.state == "unmatched":
+            assert strength[one.kind] >= strength[event.kind], "a sharper word is not waited with"
+        elif one.state == "closed":
+            assert self.dealt_with(one, branch, event), "a closed one swallowed it"
+        elif event.kind not in SOFT_KINDS and not decision.gone:
+            assert strength[one.kind] >= strength[event.kind], "an announced end took nothing over"
+            assert branch.drain is not None or one.drain_pending, "an end without a drain"
+            assert one.deadline_at <= (decision.deadline_at or self.now)
+            if before is None or strength[event.kind] > strength[before.kind]:
+                assert branch.drain in ("queued", "done") or one.drain_pending, "a drain that failed is not tried again"
+
+    def dealt_with(self, one: Known, branch: Branch, event: ParsedEvent) -> bool:
+        """Whether nothing is left to do about a signal whose interruption is closed, as a person would say it."""
+        assert one.closed_at is not None
+        drained = branch.drain == "done"
+        if one.kind not in SOFT_KINDS:
+            # The instance ended, or has been stopped by this very notice.
+            ended = one.action is InterruptionAction.TERMINATE
+            return ended or event.occurred_at - one.notice_at <= timedelta(minutes=15)
+        if drained and self.now - one.closed_at <= timedelta(hours=1):
+            return True
+        if event.kind not in SOFT_KINDS:
+            return False
+        if event.starts_at is not None:
+            return drained or event.starts_at <= self.now or event.occurred_at <= one.closed_at
+        return event.occurred_at <= one.closed_at
 
     @rule(
-        kind=st.sampled_from(KINDS),
+        kind=st.sampled_from([*KINDS, *SOFT_KINDS, *SOFT_KINDS]),
         action=st.sampled_from(sorted(InterruptionAction)),
         age=st.sampled_from([0, 3, 100, 1200]),
         starts=st.sampled_from([None, timedelta(minutes=10), FAR, 2 * FAR]),
@@ -408,32 +425,48 @@ class SignalMachine(RuleBasedStateMachine):
         self.loops()
 
     def loops(self) -> None:
-        """Drains that waited, drains that expired, and closing: as the workers' SQL has them."""
+        self.sweep()
+        self.begin_waiting_drains()
+        self.close()
+
+    @rule()
+    def sweep(self) -> None:
+        """Waits for a node, drains and launches end."""
         for index, (one, branch) in enumerate(zip(self.known, self.branches, strict=True)):
             if one.state == "unmatched" and self.now - one.received_at >= states.UNMATCHED_FOR:
                 self.known[index] = replace(one, state="closed", outcome="unmatched", closed_at=self.now)
+            if one.state == "open" and self.now > one.deadline_at + timedelta(minutes=15):
+                branch.launch = IntentState.EXHAUSTED if branch.launch is IntentState.PLANNED else branch.launch
+            if one.state == "open" and branch.drain == "queued" and self.now > one.deadline_at:
+                branch.drain = "expired"
+
+    @rule()
+    def begin_waiting_drains(self) -> None:
+        """As the loop's SQL has it."""
+        for index, (one, branch) in enumerate(zip(self.known, self.branches, strict=True)):
             if one.state != "open":
                 continue
-            if branch.launch is IntentState.PLANNED and self.now > one.deadline_at + timedelta(minutes=15):
-                branch.launch = IntentState.EXHAUSTED
-            if branch.drain == "queued" and self.now > one.deadline_at:
-                branch.drain = "expired"
-            kept = one.kind is EventKind.REBALANCE_RECOMMENDATION and branch.launch is not IntentState.READY
             if one.drain_pending and self.due(one, branch):
-                if not kept and not self.gone:
-                    branch.drain = "queued" if branch.drain in (None, "failed") else branch.drain
-                    branch.decided_at = branch.decided_at or self.now
-                self.known[index] = one = replace(one, drain_pending=False)
+                if not self.kept(one, branch) and not self.gone and branch.drain not in ("queued", "done"):
+                    branch.drain = "queued"
+                self.known[index] = replace(one, drain_pending=False)
             if not one.soft and not self.gone and self.now >= one.deadline_at - LEADS[0]:
                 assert branch.drain is not None, "a minute before its end, nothing is waited for"
-            found = Branches(
-                branch.drain, branch.drained_at, branch.launch, one.drain_pending, kept and not one.gone_at
-            )
-            closing = close_open(found, deadline_at=one.deadline_at)
+
+    @rule()
+    def close(self) -> None:
+        """What has nothing left to do."""
+        for index, (one, branch) in enumerate(zip(self.known, self.branches, strict=True)):
+            kept = self.kept(one, branch) and one.gone_at is None
+            found = Branches(branch.drain, branch.drained_at, branch.launch, one.drain_pending, kept)
+            closing = close_open(found, deadline_at=one.deadline_at) if one.state == "open" else None
             if closing is not None:
                 self.known[index] = replace(
                     one, state="closed", outcome=closing.outcome.value, reason=closing.reason, closed_at=self.now
                 )
+
+    def kept(self, one: Known, branch: Branch) -> bool:
+        return one.kind is EventKind.REBALANCE_RECOMMENDATION and branch.launch is not IntentState.READY
 
     def due(self, one: Known, branch: Branch) -> bool:
         if branch.launch is IntentState.READY:
@@ -450,21 +483,18 @@ class SignalMachine(RuleBasedStateMachine):
         for branch in self.branches:
             if branch.drain == "queued":
                 branch.drain, branch.drained_at = end, self.now
-        self.loops()
 
     @rule(end=st.sampled_from([IntentState.READY, IntentState.EXHAUSTED]))
     def launcher_works(self, end: IntentState) -> None:
         for branch in self.branches:
             if branch.launch is IntentState.PLANNED and branch.launch_at <= self.now:
                 branch.launch = end
-        self.loops()
 
+    @precondition(lambda self: not self.registered)
     @rule()
     def node_registers_late(self) -> None:
         """Its interruption waits without a node; the loop that matches tells it again, the sharpest word first."""
-        self.registered = not self.registered
-        if not self.registered:
-            return
+        self.registered = True
         waiting = [index for index, one in enumerate(self.known) if one.state == "unmatched"]
         for index in waiting:
             for event in sorted(self.sent, key=lambda event: -merging.STRENGTH[event.kind]):
@@ -502,4 +532,120 @@ class SignalMachine(RuleBasedStateMachine):
 
 LEADS = (timedelta(minutes=1), timedelta(minutes=15), timedelta(minutes=45))
 TestSignalMachine = SignalMachine.TestCase
-TestSignalMachine.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
+TestSignalMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+class Walk(SignalMachine):
+    """The same, one step after another by hand: what chance takes long to find."""
+
+    def __init__(self, policy: Policy, *, registered: bool = True) -> None:
+        super().__init__()
+        self.start(policies=dict.fromkeys(KINDS, policy), registered=registered)
+
+    def hear(self, kind: EventKind, **values: Any) -> Known:
+        said = {"action": InterruptionAction.TERMINATE, "age": 0, "starts": None, "state": "shutting-down"}
+        self.signal(kind=kind, label="sqs", exact=False, **said | values)
+        self.check_invariants()
+        return self.known[-1]
+
+    def check_invariants(self) -> None:
+        self.one_is_under_way_at_a_time()
+        self.keys_are_unique()
+        self.the_end_of_a_hard_one_only_comes_nearer()
+        self.an_announced_end_has_its_drain_decided()
+        self.the_first_word_is_kept()
+
+    def keep(self) -> None:
+        """There is no replacement, and the node stays."""
+        self.launcher_works(end=IntentState.EXHAUSTED)
+        self.begin_waiting_drains()
+
+
+REBALANCE, SCHEDULED, WARNING = (
+    EventKind.REBALANCE_RECOMMENDATION,
+    EventKind.SCHEDULED_CHANGE,
+    EventKind.SPOT_INTERRUPTION,
+)
+
+
+@pytest.mark.parametrize("policy", [Policy.PRE_SPIN, Policy.DRAIN])
+@pytest.mark.parametrize("end", [kind for kind in KINDS if kind not in SOFT_KINDS])
+def test_an_end_after_a_recommendation_that_kept_the_node_is_acted_on(end: EventKind, policy: Policy) -> None:
+    """Whether the recommendation is closed by then or not, and whether its drain failed."""
+    for closed in (False, True):
+        walk = Walk(policy)
+        walk.hear(REBALANCE)
+        walk.keep()
+        walk.agent_works(end="failed")
+        if closed:
+            walk.close()
+        found = walk.hear(end)
+        assert len(walk.known) == 1 + closed
+        assert (found.state, found.kind) == ("open", end)
+        walk.time_passes(seconds=3600)
+
+
+def test_recommendations_about_a_node_that_stays_are_numbered() -> None:
+    walk = Walk(Policy.PRE_SPIN)
+    for _ in range(3):
+        walk.hear(REBALANCE)
+        walk.keep()
+        walk.close()
+        walk.time_passes(seconds=600)
+    assert [one.key.removeprefix(INSTANCE) for one in walk.known] == [
+        "@rebalance_recommendation",
+        "@rebalance_recommendation#2",
+        "@rebalance_recommendation#3",
+    ]
+
+
+@pytest.mark.parametrize("order", [(REBALANCE, SCHEDULED), (SCHEDULED, REBALANCE)])
+def test_a_maintenance_of_another_day_and_a_recommendation_drain_with_a_replacement_or_in_time(
+    order: tuple[EventKind, EventKind],
+) -> None:
+    for replaced in (True, False):
+        walk = Walk(Policy.PRE_SPIN)
+        for kind in order:
+            walk.hear(kind, starts=FAR)
+        (one,), (branch,) = walk.known, walk.branches
+        assert (one.kind, one.drain_pending, one.deadline_at) == (SCHEDULED, True, NOW + FAR + timedelta(minutes=15))
+        assert branch.launch_at == NOW, "its replacement is launched now"
+        walk.launcher_works(end=IntentState.READY if replaced else IntentState.EXHAUSTED)
+        walk.begin_waiting_drains()
+        assert branch.drain == ("queued" if replaced else None)
+        walk.time_passes(seconds=int(FAR.total_seconds()))
+        assert branch.drain is not None
+    # A warning is another matter than both.
+    walk = Walk(Policy.PRE_SPIN)
+    for kind in (*order, WARNING):
+        walk.hear(kind, starts=FAR)
+    assert (walk.known[0].kind, walk.known[0].deadline_at) == (WARNING, NOW + timedelta(seconds=120))
+
+
+def test_the_same_stop_told_twice_is_one_and_another_one_is_another() -> None:
+    walk = Walk(Policy.DRAIN)
+    walk.hear(WARNING, action=InterruptionAction.STOP)
+    walk.agent_works(end="done")
+    walk.launcher_works(end=IntentState.READY)
+    walk.close()
+    # Its notice comes by the agent a second later, in another minute by the clock.
+    walk.now += timedelta(seconds=57)
+    walk.hear(WARNING, action=InterruptionAction.STOP, age=3)
+    walk.hear(EventKind.INSTANCE_STATE_CHANGE, state="stopping")
+    assert len(walk.known) == 1
+    walk.now += timedelta(days=30)
+    assert walk.hear(WARNING, action=InterruptionAction.STOP).state == "open"
+    assert len(walk.known) == 2
+
+
+def test_a_node_that_was_never_known_waits_again_when_it_is_told_of_again() -> None:
+    walk = Walk(Policy.DRAIN, registered=False)
+    walk.hear(SCHEDULED, starts=FAR)
+    walk.time_passes(seconds=601)
+    assert walk.known[0].outcome == "unmatched"
+    assert walk.hear(SCHEDULED, starts=FAR - timedelta(seconds=601)).state == "unmatched"
+    assert len(walk.known) == 1
+    assert walk.hear(WARNING).kind is WARNING
+    walk.node_registers_late()
+    assert [(one.state, one.kind) for one in walk.known] == [("open", WARNING)]
+    assert walk.branches[0].drain == "queued"
