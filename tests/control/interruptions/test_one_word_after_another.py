@@ -223,8 +223,13 @@ async def test_a_maintenance_of_next_week_drains_nothing_today(stage: Stage, lau
     assert await stage.tenant.rows("SELECT 1 FROM agent_tasks") == []
     (row,) = await stage.interruptions()
     assert (row.state, row.drain_pending) == ("open", True)
-    # When it begins, the drain does not wait for a replacement any longer.
-    await stage.tenant.rows("UPDATE interruptions SET deadline_at = now() + interval '14 minutes' RETURNING 1")
+    # When it begins, the drain does not wait for a replacement any longer; half an hour before, if none will come.
+    minutes = 14
+    if policy == "pre_spin":
+        await stage.tenant.rows("UPDATE launch_intents SET state = 'exhausted' RETURNING 1")
+        assert await closing.begin_waiting_drains(launcher.runtime) == 0
+        minutes = 44
+    await stage.tenant.rows(f"UPDATE interruptions SET deadline_at = now() + interval '{minutes} minutes' RETURNING 1")
     assert await closing.begin_waiting_drains(launcher.runtime) == 1
 
 
