@@ -67,7 +67,7 @@ async def run_once(runtime: Runtime) -> int:
     async with runtime.db.system() as conn:
         await refusals_repository.refresh(conn)
         found = await _find(conn)
-        told = {(row.customer_id, row.detector): row.reason for row in await alarms_repository.told(conn, list(found))}
+        told = {(row.customer_id, row.detector): row for row in await alarms_repository.told(conn, list(found))}
         over: dict[str, list[UUID]] = defaultdict(list)
         for customer_id, detector in told:
             if customer_id not in found[detector]:
@@ -75,8 +75,9 @@ async def run_once(runtime: Runtime) -> int:
         changed = 0
         for detector, troubles in found.items():
             for customer_id, lines in troubles.items():
-                reason = reason_of(lines)
-                if told.get((customer_id, detector)) == reason:
+                reason, last = reason_of(lines), told.get((customer_id, detector))
+                # A person who verified the role made the customer active, and this is still so.
+                if last is not None and last.shown and last.reason == reason:
                     continue
                 changed += 1
                 await intake_repository.mark_degraded(
@@ -86,7 +87,7 @@ async def run_once(runtime: Runtime) -> int:
                     reason=reason,
                     remedy=REMEDIES[detector].replace("{id}", str(customer_id)),
                 )
-                if (customer_id, detector) not in told:
+                if last is None:
                     metrics.ALARMS.labels(detector).inc()
                 log.error("alarm.raised", customer_id=str(customer_id), detector=detector, reason=reason)
         for detector, customers in over.items():

@@ -86,10 +86,12 @@ async def adopt_only_customers(conn: AsyncConnection) -> Sequence[Any]:
 
 
 _TOLD = text("""
-    SELECT customer_id, detector, reason FROM intake_health WHERE state = 'degraded' AND detector = ANY(:detectors)
+    SELECT h.customer_id, h.detector, h.reason, m.status <> 'active' AS shown
+    FROM intake_health h JOIN customers m ON m.id = h.customer_id
+    WHERE h.state = 'degraded' AND h.detector = ANY(:detectors)
 """)
 
 
 async def told(conn: AsyncConnection, detectors: Sequence[str]) -> Sequence[Any]:
-    """What these detectors told last, where they are degraded."""
+    """What these detectors told last, where they are degraded. ``shown``: the customer is not called active."""
     return (await conn.execute(_TOLD, {"detectors": list(detectors)})).all()

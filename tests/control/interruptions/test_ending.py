@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from control.cli import app
+from control.commands.doctor import examine
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import alarms, leaving, never_ready, orphans
 from control.interruptions.reconcilers import ending as ending_module
@@ -109,6 +112,10 @@ async def test_a_protected_instance_is_told_and_holds_up_no_other(stage: Stage, 
         assert word in told.reason
     assert "protection" in told.remedy
     assert await alarms.run_once(launcher.runtime) == 0, "said once"
+    # The role is fine: a verification makes the customer active, and the instance is protected all the same.
+    await stage.tenant.rows("UPDATE customers SET status = 'active' WHERE id = :customer_id RETURNING 1")
+    await alarms.run_once(launcher.runtime)
+    assert (await _health(stage, "ending")).status == "degraded"
 
     await stage.pass_rounds()
     calls = len(stage.calls("TerminateInstances"))
@@ -311,7 +318,7 @@ async def test_a_deleted_clusters_replacement_that_never_joined_is_ended(stage: 
 
 
 async def test_adopt_only_is_one_customers_and_lifted_by_a_person(
-    stage: Stage, launcher: Launcher, api: Api, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, launcher: Launcher, api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (lost,) = await _launched(stage, launcher)
     await stage.tenant.rows("DELETE FROM launch_attempts RETURNING 1")
@@ -333,12 +340,15 @@ async def test_adopt_only_is_one_customers_and_lifted_by_a_person(
 
     (ending,) = await _never_ready(stage, launcher)
     assert await Ending(launcher).run_once() == 0
-    for name, value in {"DATABASE_URL": stage.database_url, "REDIS_URL": stage.redis_url}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DATABASE_URL", stage.database_url)
+    monkeypatch.setenv("REDIS_URL", stage.redis_url)
+    monkeypatch.setenv("CLOUDOPTIM_HOME", str(tmp_path / "home"))
     get_settings.cache_clear()
     listed = await _command("adopt-only")
     assert str(stage.tenant.customer_id) in listed
     assert lost in listed
+    found = await asyncio.to_thread(_noted_by_doctor)
+    assert "cloudoptim adopt-only" in found
     assert (await api.call("POST", f"{path}/adopt-only/lift", json={"reason": "compared with EC2"})).is_success
     assert (await api.call("POST", f"{path}/adopt-only/lift", json={"reason": "again"})).status_code == 409
     assert "Nothing is held back" in await _command("adopt-only")
@@ -353,6 +363,13 @@ async def test_adopt_only_is_one_customers_and_lifted_by_a_person(
     assert stage.state_of(lost) == "running", "what was adopted stays"
     await alarms.run_once(launcher.runtime)
     assert (await _health(stage, "adopt_only")).state == "ok"
+
+
+def _noted_by_doctor() -> str:
+    findings = examine(get_settings(), dict(os.environ))
+    finding = next(found for found in findings if found.subject.startswith("customer "))
+    assert finding.state == "note"
+    return finding.detail
 
 
 async def _command(*arguments: str) -> str:
