@@ -492,20 +492,33 @@ class Data:
         return self._cache.get((str(customer_id), "nodes", cluster_id, node_type), LIVE_SECONDS, read)
 
     def node_counts(self, customer_id: UUID, hours: int, cluster_id: UUID | None = None) -> pa.Table:
-        """Nodes in each hour, Spot and on demand: ``ts``, ``spot``, ``on_demand`` (mean number in the hour)."""
-        until = _hour(datetime.now(UTC))
-        since = until - timedelta(hours=hours)
+        """Nodes in each hour, Spot and on demand: ``ts``, ``spot``, ``on_demand`` (mean number in the hour).
+
+        The running hour is the last one: its mean is over the minutes that were computed of it.
+        """
+        running = _hour(datetime.now(UTC))
+        since = running - timedelta(hours=hours)
+        of_cluster = "AND cluster_id = $cluster" if cluster_id else ""
         return self._lake_table(
             customer_id,
             f"""
-            SELECT ts, sum(spot_minutes) / 60.0 AS spot, sum(node_minutes - spot_minutes) / 60.0 AS on_demand
-            FROM cluster_cost_hourly
-            WHERE day >= $day AND ts >= $since AND ts < $until {"AND cluster_id = $cluster" if cluster_id else ""}
-            GROUP BY ts ORDER BY ts
+            WITH computed AS (
+                SELECT greatest(max(minutes), 1) AS minutes FROM node_cost_hourly
+                WHERE day = $today AND ts = $running {of_cluster}
+            ),
+            hours AS (
+                SELECT ts, sum(spot_minutes) AS spot, sum(node_minutes - spot_minutes) AS on_demand,
+                       CASE WHEN ts = $running THEN (SELECT minutes FROM computed) ELSE 60.0 END AS minutes
+                FROM cluster_cost_hourly
+                WHERE day >= $day AND ts >= $since AND ts <= $running {of_cluster}
+                GROUP BY ts
+            )
+            SELECT ts, spot / minutes AS spot, on_demand / minutes AS on_demand FROM hours ORDER BY ts
             """,
             day=since.date(),
+            today=running.date(),
             since=since,
-            until=until,
+            running=running,
             **({"cluster": str(cluster_id)} if cluster_id else {}),
         )
 

@@ -189,12 +189,20 @@ def headline(gaps: Sequence[Mapping[str, Any]], coverage: Sequence[Mapping[str, 
             ui.Kpi(
                 "Coverage",
                 ui.percent(present / expected) if expected else ui.DASH,
-                f"{present:,} of {expected:,} points" if expected else "nothing written yet",
+                covered(expected, present, sum(row["missing"] for row in coverage)),
             ),
             ui.Kpi("Filled later", ui.count(len(filled)), "gaps, marked with their source"),
             ui.Kpi("Cannot be filled", ui.count(len(lost)), "no run can bring them"),
         ]
     )
+
+
+def covered(expected: int, present: int, missing: int) -> str:
+    """What the coverage counts: a running day's later points are expected of it, but nobody misses them yet."""
+    if not expected:
+        return "nothing written yet"
+    waiting = max(expected - present - missing, 0)
+    return f"{present:,} of {expected:,} points" + (f"; {waiting:,} are not due yet and no gap" if waiting else "")
 
 
 def calendar(coverage: Sequence[Mapping[str, Any]], days: int) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import insert, text
 
 from dashboards.data import MAX_POINTS, CostHour, Data, DataError, LakeMissing, project, rate, saved_share
+from dashboards.pages.gaps import covered
 from tests.dashboards.conftest import Seeded
 from tests.dashboards.seed import REGION, TYPES, Fleet, spot_ratio
 from warehouse.postgres.models import PartitionCoverage
@@ -67,6 +68,19 @@ def test_cost_hours_sum_the_clusters_and_mark_what_is_not_complete(data: Data, s
     for whole, *split in zip(hours, *parts, strict=True):
         assert whole.actual == sum(part.actual for part in split)
         assert whole.b1 == sum(part.b1 for part in split)
+
+
+def test_node_counts_hold_the_running_hour_as_the_cost_page_does(data: Data, seeded: Seeded) -> None:
+    fleet = seeded.world.first
+    counted = data.node_counts(fleet.id, 48).to_pylist()
+    assert [row["ts"] for row in counted] == [hour.ts for hour in data.cost_hours(fleet.id, 48)]
+    assert counted[-1]["spot"] + counted[-1]["on_demand"] == pytest.approx(len(fleet.nodes))
+
+
+def test_points_that_are_not_due_yet_are_no_gap_and_the_tile_says_so() -> None:
+    assert covered(1440, 1440, 0) == "1,440 of 1,440 points"
+    assert covered(1440, 600, 40) == "600 of 1,440 points; 800 are not due yet and no gap"
+    assert covered(0, 0, 0) == "nothing written yet"
 
 
 def test_a_partition_never_written_counts_against_the_coverage(data: Data, seeded: Seeded) -> None:
