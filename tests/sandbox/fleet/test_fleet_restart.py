@@ -70,6 +70,7 @@ def test_a_restart_resumes_with_the_same_nodes_pods_and_ids_and_the_replay_where
     sandbox.stop()
 
 
+@pytest.mark.crash
 def test_kill_9_during_an_interruption_ends_where_it_would_have_ended(
     make_sandbox: Callable[..., RunningSandbox],
 ) -> None:
