@@ -45,7 +45,7 @@ async def test_killed_again_and_again(
         _copy_template(postgres_server, name)
     urls = [postgres_server.url(name) for name in names]
     summary = await run_lanes(trials, seed, urls, clean_redis_url, tmp_path, zygote)
-    print(f"\n{summary}; seed {seed}")  # noqa: T201
+    print(f"\n{summary}; seed {seed}", *summary.broken, sep="\n")  # noqa: T201
     assert summary.kills == len(trials)
     assert summary.violations() == {}, f"seed {seed}"
 

@@ -64,8 +64,9 @@ class Summary:
     kills: int = 0
     lost_answers: int = 0
     seconds: float = 0.0
-    # From being sent to being taken in, the slowest; and those taken in so late that no agent could come in time.
-    slowest_seconds: float = 0.0
+    # From being sent to being taken in, the slowest, and how many readers had it in their hands; and those taken in so
+    # late that no agent could come in time.
+    slowest: tuple[float, int] = (0.0, 0)
     too_late: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
@@ -82,10 +83,10 @@ class Summary:
     broken: list[str] = field(default_factory=list)
 
     def __iadd__(self, other: Summary) -> Summary:
-        slowest = max(self.slowest_seconds, other.slowest_seconds)
+        slowest = max(self.slowest, other.slowest)
         for entry in fields(self):
             setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
-        self.slowest_seconds = slowest
+        self.slowest = slowest
         return self
 
     def violations(self) -> dict[str, Any]:
@@ -99,7 +100,8 @@ class Summary:
             f"trials {self.trials}, kills {self.kills}, lost answers {self.lost_answers}, "
             f"duplicate launches {self.duplicates}, lost interruptions {self.lost + self.unfound}, "
             f"orphans {self.orphans}, wrong terminations {self.wrong_terminations}, {self.seconds:.0f} s ({outcomes}; "
-            f"slowest taken in after {self.slowest_seconds:.1f} s, {self.too_late} too late for an agent)"
+            f"slowest taken in by its reader {self.slowest[1]} after {self.slowest[0]:.1f} s, {self.too_late} too late "
+            "for an agent)"
         )
 
 
@@ -169,6 +171,9 @@ class Trials:
         mine = stage.tenant.account_id
         await record_states(stage)
         self.alive = [stage.start_worker() for _ in range(self.workers)]
+        # Times are measured from here on, and the start of the first workers is none of them.
+        stage.aws.send_event(stage.queue, stage.tenant.rebalance("i-0000000000000000f"))
+        await stage.until(self._queue_empty, 60)
         if self.late_caller:
             await self._late_caller(nodes.pop())
         losses = [
@@ -181,6 +186,7 @@ class Trials:
         try:
             await self._late_agent(late)
             for number, instance in zip(trials, nodes, strict=True):
+                await self._somebody_polls()
                 await self._trial(number, instance)
             await self._settle()
         finally:
@@ -228,6 +234,17 @@ class Trials:
         self.summary.trials += 1
         self.summary.kills += 1
         self.alive[victim] = stage.start_worker()
+
+    async def _somebody_polls(self) -> None:
+        """Until one of the workers has come up, and waits at the queue with nothing in its hands.
+
+        On a busy machine a worker takes seconds to start. Killed by the clock alone, one after the other died before
+        its first poll, and nobody read the queue for half a minute: that is no trial of anything.
+        """
+        queue = self.stage.aws._queue(self.stage.queue)
+        ends = time.monotonic() + 30
+        while all(one.done() for one in queue.waiters) and time.monotonic() < ends:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
 
     def _warn(self, instance: str) -> None:
         now = time.time()
@@ -313,17 +330,19 @@ class Trials:
                 ends, last = time.monotonic() + self.settle_seconds, len(closed)
             if closed >= {*self.warned, *self.silent} and len(closed) == len(rows):
                 break
-            if self._surely_lost({row.instance_id for row in rows}):
+            if await self._surely_lost({row.instance_id for row in rows}):
                 break
             await asyncio.sleep(0.5)
         ends = time.monotonic() + (ORPHAN_SECONDS if not self.hurry else 0.0)
         while await self._orphans() and time.monotonic() < ends:  # noqa: ASYNC110 - the cloud's doing
             await asyncio.sleep(1.0)
 
-    def _surely_lost(self, known: set[str]) -> bool:
+    async def _queue_empty(self) -> bool:
+        return self.stage.aws.queue_depth(self.stage.queue) == (0, 0)
+
+    async def _surely_lost(self, known: set[str]) -> bool:
         """In a hurry: the queue is empty, and some warning has no row."""
-        empty = self.stage.aws.queue_depth(self.stage.queue) == (0, 0)
-        return self.hurry and empty and bool(set(self.warned) - known)
+        return self.hurry and await self._queue_empty() and bool(set(self.warned) - known)
 
     # --- what became of it
 
@@ -371,7 +390,7 @@ class Trials:
             taken_in = row.received_at.timestamp()
             readers = max(sum(1 for at in handed_out[message] if at <= taken_in + 1), 1)
             took = taken_in - sent
-            self.summary.slowest_seconds = max(self.summary.slowest_seconds, took)
+            self.summary.slowest = max(self.summary.slowest, (took, readers))
             problem = None
             if took > readers * TAKEN_IN_SECONDS + (readers - 1) * VISIBILITY_TIMEOUT_SECONDS:
                 problem = f"taken in after {took:.1f} s in the hands of {readers}"
