@@ -286,6 +286,7 @@ async def old_backlog(found: Stage, messages: int, still_valid: int, workers: in
     row = await found.tenant.row(
         "SELECT (SELECT count(*) FROM inbox_messages) AS committed, "
         "(SELECT count(*) FROM agent_tasks WHERE parameters ->> 'instance_id' = ANY(:valid)) AS offered, "
+        "(SELECT count(*) FROM interruptions WHERE instance_id = ANY(:valid)) AS known, "
         "(SELECT count(*) FROM interruptions WHERE instance_id = ANY(:valid) "
         " AND received_at < notice_at + interval '120 s') AS in_time, "
         "(SELECT count(*) FROM agent_tasks WHERE parameters ->> 'instance_id' <> ALL(:valid)) AS over",
@@ -296,8 +297,9 @@ async def old_backlog(found: Stage, messages: int, still_valid: int, workers: in
         "workers": workers,
         "still_valid": still_valid,
         "committed": row.committed - 1,
+        "interruptions": row.known,
+        "taken_in_within_their_two_minutes": row.in_time,
         "offered": row.offered,
-        "offered_in_their_two_minutes": row.in_time,
         "offered_that_were_over": row.over,
         "seconds": round(took, 2),
         "messages_per_second": round(messages / took),

@@ -75,7 +75,9 @@ async def test_5000_old_messages_after_an_outage(stage: Stage) -> None:
 async def test_100000_old_messages_after_an_outage(stage: Stage) -> None:
     """Q-21 at full size: warnings that are long over, and 200 among the last that can still be helped."""
     figures = _said("old backlog", await bench_storm.old_backlog(stage, 100_000, still_valid=200, workers=1))
-    assert (figures["committed"], figures["offered"]) == (100_000, 200)
+    assert (figures["committed"], figures["interruptions"]) == (100_000, 200)
+    # One that is read within seconds of its end, before an agent saw the node again, is replaced and not drained.
+    assert figures["taken_in_within_their_two_minutes"] <= figures["offered"] <= 200
     assert figures["offered_that_were_over"] == 0
     assert figures["messages_per_second"] >= 200
     (before,), (after,) = figures["worker_rss_mib_before_after"]
