@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.agents.repository import NewTask, create_tasks
-from control.interruptions import closing_repository, metrics, repository
+from control.interruptions import closing_repository, drafts_repository, metrics, repository
 from control.interruptions.batch import Batch
 from control.interruptions.closing_repository import Ended
 from control.interruptions.drains import drain_task
@@ -162,7 +162,7 @@ async def begin_waiting_drains(runtime: Runtime) -> int:
         await closing_repository.begin_drains(conn, changes)
         await repository.insert_history(conn, history)
         # A drain that failed before it was to wait may be tried again.
-        await repository.retire_drains(conn, [task.interruption_id for task in tasks if task.interruption_id])
+        await drafts_repository.retire_drains(conn, [task.interruption_id for task in tasks if task.interruption_id])
         await create_tasks(conn, tasks)
     for cluster_id in {task.cluster_id for task in tasks}:
         await runtime.bells.ring("tasks", cluster_id)

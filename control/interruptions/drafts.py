@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.agents.repository import create_tasks
-from control.interruptions import merging, pools, repository
+from control.interruptions import drafts_repository, merging, pools, repository
 from control.interruptions.drains import drain_task, grace_seconds
 from control.interruptions.merging import Known, Merged
 from control.interruptions.parsing import ParsedEvent
@@ -255,7 +255,7 @@ class Drafts:
         """
         drafts = self.all
         states = {draft.id: draft.known.state for draft in drafts}
-        alone = await repository.write_batch(
+        alone = await drafts_repository.write_batch(
             conn,
             self.customer_id,
             inbox=inbox,
@@ -270,7 +270,9 @@ class Drafts:
         )
         if not alone:
             raise Raced
-        await repository.retire_drains(conn, [draft.id for draft in drafts if draft.drain_may_retry and not draft.new])
+        await drafts_repository.retire_drains(
+            conn, [draft.id for draft in drafts if draft.drain_may_retry and not draft.new]
+        )
         await create_tasks(
             conn,
             [
@@ -279,9 +281,9 @@ class Drafts:
                 if draft.drain
             ],
         )
-        await repository.shorten_deadlines(conn, [self._shorter(draft) for draft in drafts if draft.shortened])
-        await repository.insert_hooks(conn, hooks)
-        await repository.hasten_launches(
+        await drafts_repository.shorten_deadlines(conn, [self._shorter(draft) for draft in drafts if draft.shortened])
+        await drafts_repository.insert_hooks(conn, hooks)
+        await drafts_repository.hasten_launches(
             conn,
             [{"interruption_id": draft.id, "at": draft.hastens_to} for draft in drafts if draft.hastens_to],
         )
