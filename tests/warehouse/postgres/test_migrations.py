@@ -133,6 +133,30 @@ def test_each_step_up_keeps_the_rows_that_were_there(database_url):
     engine.dispose()
 
 
+def test_of_two_interruptions_under_way_of_an_instance_the_one_that_ends_sooner_goes_on(database_url):
+    database = SyncDatabase(database_url)
+    with database.system() as connection:
+        fill(connection)
+    downgrade(database_url, "20261127_tenant_walls")
+    copied = """
+        INSERT INTO interruptions
+        SELECT (jsonb_populate_record(i, jsonb_build_object('id', gen_random_uuid(), 'interruption_key', 'another',
+                                                           'deadline_at', i.deadline_at + interval '1 hour'))).*
+        FROM interruptions i RETURNING id"""
+    with database.system() as connection:
+        second = connection.execute(text(copied)).scalar_one()
+    upgrade(database_url)
+    with database.system() as connection:
+        found = "SELECT id, state, outcome, version FROM interruptions ORDER BY deadline_at"
+        first, other = connection.execute(text(found)).all()
+        told = "SELECT version, state FROM interruption_history WHERE interruption_id = :id"
+        history = connection.execute(text(told), {"id": second}).all()
+    database.close()
+    assert first.state == "open"
+    assert (other.id, other.state, other.outcome) == (second, "closed", "cancelled")
+    assert [tuple(row) for row in history] == [(other.version, "closed")]
+
+
 def _as_modelled(table: Table) -> Table:
     """The reflected table with the model's checks, which reflection does not read back in a usable form."""
     model = Base.metadata.tables[table.name]
