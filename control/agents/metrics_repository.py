@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.agents.samples import COPY_COLUMNS, COPY_HEADER, COPY_TRAILER, Batch
 from warehouse.contracts import ClusterState, NodeState
+from warehouse.postgres.dirty import MARK, mark_values
 from warehouse.postgres.models import new_id
 
 ZONE_ID_LABEL = "topology.k8s.aws/zone-id"
@@ -84,16 +85,7 @@ async def ensure_partitions(conn: AsyncConnection, first: date, last: date) -> N
 async def mark_late_days(conn: AsyncConnection, days: set[date]) -> None:
     """Have the days' summaries computed again."""
     if days:
-        await conn.execute(
-            text("""
-                INSERT INTO dirty_partitions (table_name, partition_key, reason, marked_at)
-                SELECT 'metric_5m', day, 'late samples', clock_timestamp()
-                FROM unnest(CAST(:days AS text[])) AS d (day) ORDER BY day
-                ON CONFLICT (table_name, partition_key)
-                DO UPDATE SET reason = excluded.reason, marked_at = excluded.marked_at
-            """),
-            {"days": [day.isoformat() for day in days]},
-        )
+        await conn.execute(MARK, mark_values("metric_5m", days, "late samples"))
 
 
 _SEEN = text("""

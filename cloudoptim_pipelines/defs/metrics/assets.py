@@ -8,7 +8,7 @@ import dagster as dg
 import polars as pl
 from sqlalchemy import text
 
-from cloudoptim_pipelines import coverage
+from cloudoptim_pipelines import coverage, stale
 from cloudoptim_pipelines.arrow import arrow_rows
 from cloudoptim_pipelines.defs.gaps import ledger
 from cloudoptim_pipelines.defs.metrics import windows
@@ -68,14 +68,7 @@ def _replace_day(
     start, end = day_start(day), day_start(day) + DAY
     with warehouse.database.system() as connection:
         # Read before the samples: a mark made after this is for the next run.
-        marks = (
-            connection.execute(
-                text("SELECT marked_at FROM dirty_partitions WHERE table_name = :t AND partition_key = :k"),
-                {"t": TABLE, "k": day.isoformat()},
-            )
-            .scalars()
-            .all()
-        )
+        marks = stale.marks(connection, TABLE, [day.isoformat()])
         written = coverage.load(connection, TABLE, keys=[day.isoformat()])
     read_from = start
     if written and not marks and not fill_id and start <= now < end:
@@ -91,11 +84,7 @@ def _replace_day(
     warehouse.publish([PartitionWrite(TABLE, {"day": day}, rows)], run_id)
     with warehouse.database.system() as connection:
         coverage.save(connection, _coverage(connection, rows, day, now, read_from, run_id))
-        for marked_at in marks:
-            connection.execute(
-                text("DELETE FROM dirty_partitions WHERE table_name = :t AND partition_key = :k AND marked_at = :m"),
-                {"t": TABLE, "k": day.isoformat(), "m": marked_at},
-            )
+        stale.settle(connection, TABLE, marks)
     return rows, made_up
 
 
