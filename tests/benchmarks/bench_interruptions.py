@@ -78,6 +78,7 @@ class HttpAgent(threading.Thread):
                     self._server.report(task["task_id"], report.model_dump_json().encode())
             except Unavailable:
                 time.sleep(0.1)
+        self._server.close()
 
     def stop(self) -> None:
         """After the poll under way, which the end of the server ends."""
@@ -120,6 +121,8 @@ async def singles(found: Stage, count: int) -> dict[str, Any]:
         if agent is not None:
             agent.stop()
         control.kill()
+        if agent is not None:
+            await asyncio.to_thread(agent.join, 10)
 
 
 async def _one_after_another(found: Stage, agent: HttpAgent, instances: list[str]) -> dict[str, Any]:
