@@ -142,14 +142,14 @@ def test_one_run_covers_days_and_regions(world: World, serve) -> None:
     ]
 
 
-@pytest.mark.parametrize("times", [2, 5])
-def test_running_a_partition_again_changes_nothing(world: World, serve, times: int) -> None:
+def test_running_a_partition_again_changes_nothing(world: World, serve) -> None:
     serve(some_prices())
     world.run(["spot_prices"], *KEYS)
     once = world.content("spot_prices")
-    for _ in range(times - 1):
+    # The third run starts from what a run that changed nothing leaves, as every later one does.
+    for _ in range(2):
         world.run(["spot_prices"], *KEYS)
-    assert world.content("spot_prices") == once
+        assert world.content("spot_prices") == once
 
 
 def test_runs_of_one_partition_in_parallel_leave_what_one_leaves(world: World, serve) -> None:
