@@ -8,6 +8,7 @@ CRASH_ONLY=17-19 CRASH_SEED=7 .venv/bin/pytest -m crash tests/control/interrupti
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -17,6 +18,9 @@ import pytest
 from sqlalchemy import text
 
 from control.embedded import EmbeddedPostgres
+from control.gateways.aws import Credentials
+from control.interruptions.launching import Launcher
+from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from control.sandbox.aws.server import SandboxConfig
 from tests.conftest import _copy_template
@@ -24,8 +28,9 @@ from tests.control.interruptions import mutations
 from tests.control.interruptions.harness import Stage
 from tests.control.interruptions.harness import stage as open_stage
 from tests.control.interruptions.test_killed_workers import exactly_one_of_everything
-from tests.control.interruptions.trials import Summary, Trials, run_lanes
+from tests.control.interruptions.trials import Summary, Trials, record_states, run_lanes
 from tests.control.interruptions.workers import Zygote
+from warehouse.contracts import EventSource
 
 LANES = 3
 SMALL_TRIALS = 24
@@ -61,6 +66,30 @@ async def test_a_few_trials_in_a_hurry(database_url: str, clean_redis_url: str, 
     summary = await small_run(database_url, clean_redis_url, tmp_path, zygote, 3)
     print(f"\n{summary}")  # noqa: T201
     assert summary.violations() == {}
+
+
+async def test_an_instance_ended_while_it_was_wanted_counts_although_nobody_wants_it_later(
+    stage: Stage, launcher: Launcher
+) -> None:
+    trials = Trials(stage, SMALL_SEED)
+    await record_states(stage)
+    for instance in await stage.launch_nodes(2):
+        message = Received(json.dumps(stage.tenant.warning(instance)), EventSource.SQS)
+        await ingest(stage.db, await stage.tenant.facts(), [message])
+    await launcher.plan_round()
+    await launcher.finish_calls(10)
+    wanted, unwanted = (replacement.instance_id for replacement in stage.ours(alive=True))
+    given_up = "UPDATE launch_attempts SET state = 'terminated' WHERE instance_id = :id RETURNING 1"
+    await stage.tenant.rows(given_up, id=unwanted)
+    keys = stage.aws.credentials(stage.tenant.account_id)
+    credentials = Credentials(keys.access_key_id, keys.secret_access_key)
+    for instance in (unwanted, wanted):
+        await launcher.runtime.aws.call(
+            "ec2", "TerminateInstances", {"InstanceIds": [instance]}, region="us-east-1", credentials=credentials
+        )
+    await stage.tenant.rows(given_up, id=wanted)
+    assert await trials._wrong_terminations() == 1
+    assert wanted in trials.summary.broken[0]
 
 
 @pytest.mark.crash
