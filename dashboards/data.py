@@ -757,6 +757,7 @@ class InterruptionRow:
     state: str
     outcome: str | None
     reason: str | None
+    first_notice_at: datetime | None
     notice_at: datetime
     received_at: datetime
     deadline_at: datetime
@@ -776,7 +777,7 @@ class InterruptionRow:
     closed_at: datetime | None
 
     def after_notice(self, moment: datetime | None) -> float | None:
-        """Seconds from the notice; None when the moment has not come."""
+        """Seconds from the notice; None when the moment has not come, negative for what an earlier signal had begun."""
         return None if moment is None else (moment - self.notice_at).total_seconds()
 
     @property
@@ -875,6 +876,7 @@ INTERRUPTION_SCHEMA = pa.schema(
     + [
         (name, _TIME)
         for name in (
+            "first_notice_at",
             "notice_at",
             "received_at",
             "task_created_at",
@@ -930,8 +932,9 @@ def table_of(rows: list[Any], schema: pa.Schema) -> pa.Table:
 
 INTERRUPTIONS_SQL = """
     SELECT i.id, i.cluster_id, c.cluster_name, n.node_name, i.region, i.instance_id, i.instance_type,
-           i.availability_zone, i.kind, i.instance_action, i.detected_by, i.state, i.outcome, i.reason, i.notice_at,
-           i.received_at, i.deadline_at, t.created_at AS task_created_at, t.first_leased_at AS task_taken_at,
+           i.availability_zone, i.kind, i.instance_action, i.detected_by, i.state, i.outcome, i.reason,
+           i.first_notice_at, i.notice_at, i.received_at, i.deadline_at,
+           t.created_at AS task_created_at, t.first_leased_at AS task_taken_at,
            t.cordoned_at, CASE WHEN t.state = 'done' THEN t.finished_at END AS drained_at, t.state AS task_state,
            l.state AS launch_state, a.launched_at, a.ready_at, a.instance_id AS replacement_instance_id,
            a.instance_type AS replacement_type, a.availability_zone AS replacement_zone,
@@ -939,11 +942,7 @@ INTERRUPTIONS_SQL = """
     FROM interruptions i
     LEFT JOIN clusters c ON c.customer_id = i.customer_id AND c.id = i.cluster_id
     LEFT JOIN nodes n ON n.customer_id = i.customer_id AND n.id = i.node_id
-    LEFT JOIN LATERAL (
-        SELECT * FROM agent_tasks t
-        WHERE t.customer_id = i.customer_id AND t.interruption_id = i.id AND t.task_type = 'drain_node'
-        ORDER BY t.created_at LIMIT 1
-    ) t ON true
+    LEFT JOIN agent_tasks t ON t.customer_id = i.customer_id AND t.dedupe_key = 'drain:' || i.id
     LEFT JOIN launch_intents l ON l.customer_id = i.customer_id AND l.interruption_id = i.id
     LEFT JOIN LATERAL (
         SELECT * FROM launch_attempts a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from statistics import median
 from typing import Any
@@ -126,8 +126,8 @@ def headline(rows: Sequence[InterruptionRow], rates: Sequence[PoolRate]) -> Mark
     overall = rate(taken, hours)
     closed = [row for row in rows if row.outcome in ("handled", "handled_late", "missed")]
     in_time = [row for row in closed if row.outcome == "handled"]
-    drained = [seconds for row in rows if (seconds := row.after_notice(row.drained_at)) is not None]
-    ready = [seconds for row in rows if (seconds := row.after_notice(row.ready_at)) is not None]
+    drained = _since_notice(rows, lambda row: row.drained_at)
+    ready = _since_notice(rows, lambda row: row.ready_at)
     is_open = sum(row.state != "closed" for row in rows)
     return ui.kpis(
         [
@@ -159,9 +159,16 @@ def headline(rows: Sequence[InterruptionRow], rates: Sequence[PoolRate]) -> Mark
     )
 
 
+def _since_notice(rows: Sequence[InterruptionRow], moment: Callable[[InterruptionRow], datetime | None]) -> list[float]:
+    """Seconds from each notice to a moment; without what an earlier signal had brought about before it."""
+    found = (row.after_notice(moment(row)) for row in rows)
+    return [seconds for seconds in found if seconds is not None and seconds >= 0]
+
+
 def moments(row: InterruptionRow) -> list[tuple[str, datetime | None, str]]:
     """The named moments of an interruption in the order they usually come, with their colour."""
     return [
+        ("First signal", row.first_notice_at, plots.BASELINE),
         ("Notice", row.notice_at, plots.BASELINE),
         ("Received by us", row.received_at, plots.BASELINE),
         ("Drain task created", row.task_created_at, DRAIN),
@@ -197,7 +204,8 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
             if at is None or what == "Closed":
                 continue
             steps["row"].append((names[row.id], LANES[color]))
-            steps["x"].append((at - row.notice_at).total_seconds())
+            # What an earlier signal had begun stands at the left edge; its tooltip tells when it was.
+            steps["x"].append(max((at - row.notice_at).total_seconds(), 0))
             steps["what"].append(what)
             steps["at"].append(ui.when(at, seconds=True))
             steps["color"].append(color)
@@ -209,9 +217,9 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
         ):
             if start is not None:
                 spans["row"].append((names[row.id], LANES[color]))
-                spans["start"].append((start - row.notice_at).total_seconds())
+                spans["start"].append(max((start - row.notice_at).total_seconds(), 0))
                 ended = row.after_notice(end)
-                spans["end"].append(ended if ended is not None else max(running, 0) if row.state != "closed" else 0)
+                spans["end"].append(max(ended if ended is not None else running if row.state != "closed" else 0, 0))
                 spans["color"].append(color)
     return plots.pane(
         plots.timelines(

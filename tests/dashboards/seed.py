@@ -187,7 +187,7 @@ def fill_prices(conn: Any, now: datetime) -> None:
 
 
 def fill_interruptions(conn: Any, now: datetime, fleet: Fleet) -> None:
-    """Six interruptions of the last days: five handled, one still open."""
+    """Six interruptions of the last days: five handled, one still open; the oldest drained before its warning."""
     cluster_id = next(iter(fleet.clusters.values()))
     spot = [node for node in fleet.nodes if node["cluster_id"] == cluster_id and node["node_type"] == "spot"]
     for index in range(6):
@@ -196,6 +196,8 @@ def fill_interruptions(conn: Any, now: datetime, fleet: Fleet) -> None:
         is_open = index == 0
         outcome = None if is_open else "handled_late" if index == 4 else "handled"
         key, batch, intent, attempt = new_id(), new_id(), new_id(), new_id()
+        earlier = notice - timedelta(minutes=8) if index == 5 else None
+        task_at = earlier or notice
         conn.execute(
             insert(Interruption).values(
                 id=key,
@@ -209,6 +211,7 @@ def fill_interruptions(conn: Any, now: datetime, fleet: Fleet) -> None:
                 availability_zone=node["availability_zone"],
                 instance_action="terminate",
                 kind="spot_interruption",
+                first_notice_at=earlier,
                 notice_at=notice,
                 received_at=notice + timedelta(milliseconds=800),
                 deadline_at=notice + timedelta(seconds=120),
@@ -227,10 +230,10 @@ def fill_interruptions(conn: Any, now: datetime, fleet: Fleet) -> None:
                 parameters={"node_name": node["node_name"]},
                 state="leased" if is_open else "done",
                 dedupe_key=f"drain:{key}",
-                created_at=notice + timedelta(seconds=0.9),
-                first_leased_at=notice + timedelta(seconds=1.1),
-                cordoned_at=notice + timedelta(seconds=2.4),
-                finished_at=None if is_open else notice + timedelta(seconds=140 if index == 4 else 48 + index),
+                created_at=task_at + timedelta(seconds=0.9),
+                first_leased_at=task_at + timedelta(seconds=1.1),
+                cordoned_at=task_at + timedelta(seconds=2.4),
+                finished_at=None if is_open else task_at + timedelta(seconds=140 if index == 4 else 48 + index),
                 deadline_at=notice + timedelta(seconds=120),
             )
         )

@@ -13,6 +13,7 @@ from sqlalchemy import insert, text
 
 from dashboards.data import MAX_POINTS, CostHour, Data, DataError, LakeMissing, project, rate, saved_share
 from dashboards.pages.gaps import covered
+from dashboards.pages.interruptions import headline
 from tests.dashboards.conftest import Seeded
 from tests.dashboards.seed import REGION, TYPES, Fleet, spot_ratio
 from warehouse.postgres.models import PartitionCoverage
@@ -165,6 +166,16 @@ def test_timeline_of_an_interruption(data: Data, seeded: Seeded) -> None:
     assert rows[0].margin is None
     assert rows[0].drained_at is None
     assert rows[1].replacement_instance_id == "i-0rep00000001"
+
+
+def test_what_an_earlier_signal_had_begun_is_no_speed_of_the_warning(data: Data, seeded: Seeded) -> None:
+    rows = data.interruptions(seeded.world.first.id, seeded.world.now - timedelta(days=30))
+    recommended = rows[5]
+    assert recommended.notice_at - recommended.first_notice_at == timedelta(minutes=8)
+    assert recommended.after_notice(recommended.cordoned_at) == pytest.approx(2.4 - 480)
+    assert "−" not in headline(rows, [])
+    assert "slowest 140 s" not in headline([recommended], [])
+    assert "none drained yet" in headline([recommended], [])
 
 
 def test_rates_count_spot_hours_only(data: Data, seeded: Seeded) -> None:
