@@ -10,3 +10,11 @@ SINGLE_RUN = dg.BackfillPolicy.single_run()
 RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 # The run of a gap fill carries the id of its gap_fills row.
 FILL_TAG = "cloudoptim/fill_id"
+# Asking again changes nothing until somebody allows it. The other refusals are AWS's trouble, or ours, and pass.
+DENIALS = frozenset(
+    {
+        "AccessDenied", "AccessDeniedException", "AuthFailure", "Blocked", "ExpiredToken", "InvalidClientTokenId",
+        "NoCredentials", "OptInRequired", "PendingVerification", "SignatureDoesNotMatch", "UnauthorizedOperation",
+        "UnsupportedOperation",
+    }
+)  # fmt: skip

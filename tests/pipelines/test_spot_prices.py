@@ -19,6 +19,7 @@ from dagster._core.errors import DagsterAssetCheckFailedError
 
 from cloudoptim_pipelines.defs.spot_prices import shape
 from cloudoptim_pipelines.partitions import DayRange
+from control.sandbox.aws import Fault
 from tests.pipelines.conftest import NOW, World, at, hourly, price
 
 KEYS = "2026-11-18|us-east-1", "2026-11-20|us-east-1"
@@ -118,6 +119,19 @@ def test_a_list_price_that_changes_at_noon_leaves_the_morning_as_it_was(world: W
         serve([price(at(20, 1), "m5.large", 0.03)], listed)
         world.run(["on_demand_prices"], "2026-11-20|us-east-1")
         assert [(row["ts"], float(row["usd"])) for row in world.query(found)] == wanted
+
+
+def test_a_region_without_a_price_list_holds_up_no_other(world: World, serve) -> None:
+    serve([price(at(20, 1), "m5.large", 0.03)])
+    assert world.aws is not None
+    denied = "You are not authorized to perform: pricing:GetProducts"
+    world.aws.inject(
+        Fault("error", action="GetProducts", count=1, code="AccessDeniedException", message=denied, status=400)
+    )
+    with pytest.raises(dg.Failure, match=r"eu-west-1: .*not authorized to perform: pricing:GetProducts"):
+        world.run(["on_demand_prices"], "2026-11-20|eu-west-1", "2026-11-20|us-east-1")
+    assert world.query("SELECT DISTINCT region FROM on_demand_prices") == [{"region": "us-east-1"}]
+    assert world.sql("SELECT partition_key FROM partition_coverage") == [{"partition_key": "2026-11-20|us-east-1"}]
 
 
 def test_an_older_day_does_not_take_back_the_current_price(world: World, serve) -> None:

@@ -5,14 +5,23 @@ from typing import Any
 
 import dagster as dg
 import polars as pl
+from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy import text
 
 from cloudoptim_pipelines import coverage
 from cloudoptim_pipelines.merging import merge
-from cloudoptim_pipelines.partitions import DAY, DayRange, by_day_and_region, day_start, price_key, ranges_by_region
-from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
+from cloudoptim_pipelines.partitions import (
+    DAY,
+    DayRange,
+    by_day_and_region,
+    dagster_key,
+    day_start,
+    price_key,
+    ranges_by_region,
+)
+from cloudoptim_pipelines.policies import DENIALS, OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
-from control.gateways.on_demand_prices import fetch_on_demand
+from control.gateways.on_demand_prices import OnDemandPriceError, fetch_on_demand
 from warehouse.lake.query import LakeReader
 from warehouse.lake.store import PartitionWrite
 
@@ -51,13 +60,35 @@ def on_demand_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) ->
     """On-demand list price of every instance type of a region and day, USD per instance hour."""
     reader = warehouse.reader
     rows = fetched = 0
+    refusals: dict[str, Exception] = {}
     for region, ranges in ranges_by_region(context.partition_keys).items():
-        listed = _fetch(warehouse, region)
+        try:
+            listed = _fetch(warehouse, region)
+        except (OnDemandPriceError, ClientError, BotoCoreError) as error:
+            refusals[region] = error
+            context.log.error(f"{region}: {error}")
+            continue
         fetched += listed.height
         for days in ranges:
             rows += _replace(warehouse, reader, region, days, listed, context.run.run_id)
         _update_current(warehouse, region, listed)
+    if refusals:
+        # The other regions' partitions were written, and Dagster is to know it.
+        for key in context.partition_keys:
+            if key.partition("|")[2] not in refusals:
+                context.log_event(dg.AssetMaterialization(TABLE, partition=dagster_key(key)))
+        raise dg.Failure(
+            "; ".join(f"{region}: {error}" for region, error in sorted(refusals.items())),
+            allow_retries=not all(_denied(error) for error in refusals.values()),
+        )
     return dg.MaterializeResult(metadata={"dagster/partition_row_count": rows, "types_listed": fetched})
+
+
+def _denied(error: Exception) -> bool:
+    """Whether asking again changes nothing until somebody mends the right or the region's code."""
+    if isinstance(error, ClientError):
+        return error.response["Error"].get("Code") in DENIALS
+    return isinstance(error, OnDemandPriceError)
 
 
 def _fetch(warehouse: Warehouse, region: str) -> pl.DataFrame:

@@ -16,7 +16,7 @@ from cloudoptim_pipelines.defs.gaps import ledger, needs
 from cloudoptim_pipelines.defs.spot_prices import shape
 from cloudoptim_pipelines.merging import merge
 from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, dagster_key, price_key, ranges_by_region
-from cloudoptim_pipelines.policies import OWNERS, RETRY, SINGLE_RUN
+from cloudoptim_pipelines.policies import DENIALS, OWNERS, RETRY, SINGLE_RUN
 from cloudoptim_pipelines.resources import Warehouse
 from control.gateways.spot_prices import SCHEMA, FetchReport, SpotPriceError, fetch_spot_prices
 from warehouse.lake.query import LakeReader
@@ -95,18 +95,8 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
     return dg.MaterializeResult(metadata={**_metadata(total), "open_gaps": sum(gap.fillable for gap in gaps)})
 
 
-# Asking again changes nothing until somebody allows it. The other refusals are AWS's trouble, or ours, and pass.
-_DENIALS = frozenset(
-    {
-        "AccessDenied", "AuthFailure", "Blocked", "ExpiredToken", "InvalidClientTokenId", "NoCredentials",
-        "OptInRequired", "PendingVerification", "SignatureDoesNotMatch", "UnauthorizedOperation",
-        "UnsupportedOperation",
-    }
-)  # fmt: skip
-
-
 def _denied(error: SpotPriceError) -> bool:
-    return error.code in _DENIALS
+    return error.code in DENIALS
 
 
 def _remember(warehouse: Warehouse, region: str, error: SpotPriceError | None, ranges: Sequence[DayRange]) -> None:
