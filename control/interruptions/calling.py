@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
@@ -97,16 +98,25 @@ class Calls:
 
     async def call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
         """Send a frozen request, once, and record what became of it."""
+        held_at = time.monotonic()
         async with self.runtime.db.system() as conn:
             calls = await launch_repository.note_call(conn, batch)
             if not calls:
                 return
         async with self.holding(batch):
-            await self._call(batch, cluster, first=calls == 1)
+            await self._call(batch, cluster, first=calls == 1, held_at=held_at)
 
-    async def _call(self, batch: BatchRow, cluster: ClusterFacts, *, first: bool) -> None:
+    async def _call(self, batch: BatchRow, cluster: ClusterFacts, *, first: bool, held_at: float) -> None:
         try:
             credentials = await self.accounts.credentials(cluster)
+            # Who was away for a lease, waiting for an account or frozen, may have been followed by one whose call was
+            # refused and who went on to another pool: the same token would launch now, beside that.
+            while time.monotonic() - held_at > launch_repository.LEASE_SECONDS / 2:
+                held_at = time.monotonic()
+                async with self.runtime.db.system() as conn:
+                    if not await launch_repository.keep_batch(conn, batch):
+                        log.warning("launch.not_ours_any_more", batch_id=str(batch.id), epoch=batch.lease_epoch)
+                        return
             answer = await self.runtime.aws.call(
                 "ec2",
                 "RunInstances",

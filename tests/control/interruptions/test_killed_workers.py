@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Collection
 
+import pytest
+
+from control.gateways.aws import AwsGateway, Role
+from control.interruptions import launch_repository
+from control.interruptions.launch_repository import BatchRow, ClusterFacts
+from control.interruptions.launching import Launcher
+from control.interruptions.runtime import Runtime
+from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
-from tests.control.interruptions.harness import Stage
+from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from warehouse.contracts import EventSource
 
 # (action, when) of the kill, and the point of §2.4 it reaches.
 POINTS = (
@@ -55,6 +65,55 @@ async def test_the_outcome_is_the_same_wherever_the_worker_is_killed(stage: Stag
     assert len(stage.ours()) == len(POINTS)
     assert len({instance.client_token for instance in stage.ours()}) <= len(POINTS)
     assert await exactly_one_of_everything(stage) == []
+
+
+async def test_who_was_away_for_a_lease_sends_nothing_beside_its_heir(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("control.interruptions.launch_repository.LEASE_SECONDS", 1.0)
+    keys = stage.aws.credentials()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
+    gateways = [AwsGateway(endpoint_url=stage.aws.url) for _ in range(2)]
+    late, heir = (
+        Launcher(Runtime(stage.db, stage.db, aws, stage.bells, f"w{n}", DEPLOYMENT)) for n, aws in enumerate(gateways)
+    )
+
+    async def claim(launcher: Launcher) -> tuple[BatchRow, ClusterFacts]:
+        while True:
+            async with stage.db.system() as conn:
+                claimed = await launch_repository.claim_batches(conn, worker=launcher.runtime.worker, limit=1)
+                if claimed:
+                    facts = await launch_repository.cluster_facts(conn, [claimed[0].cluster_id])
+                    return claimed[0], facts[claimed[0].cluster_id]
+            await asyncio.sleep(0.05)
+
+    # A call that got no answer and did nothing, so it is to be made again.
+    (instance,) = await stage.launch_nodes()
+    stage.aws.inject(Fault("drop_before", action="RunInstances", count=1))
+    warning = Received(json.dumps(stage.tenant.warning(instance)), EventSource.SQS)
+    await ingest(stage.db, await stage.tenant.facts(), [warning])
+    await late.plan_round()
+    await late.finish_calls(10)
+    await stage.pass_leases()
+    batch, cluster = await claim(late)
+    gateways[0].forget(Role(cluster.customer_id, str(cluster.role_arn), cluster.external_id))
+    stage.aws.inject(Fault("delay", action="AssumeRole", seconds=3.0, count=1))
+    away = asyncio.create_task(late.calls.call(batch, cluster))
+    # Its lease runs out meanwhile. The heir's call is refused, so it goes on to another pool.
+    again, cluster = await claim(heir)
+    assert again.id == batch.id
+    stage.aws.inject(Fault("ice", action="RunInstances", count=1))
+    await heir.calls.call(again, cluster)
+    await stage.tenant.rows("UPDATE launch_intents SET next_action_at = now(), lease_until = NULL RETURNING 1")
+    await heir.plan_round()
+    await heir.finish_calls(10)
+    assert not away.done()
+    await away
+    assert len(stage.ours()) == 1
+    assert await stage.tenant.rows("SELECT 1 FROM launch_attempts WHERE state = 'launched'")
+    for aws in gateways:
+        await aws.close()
 
 
 async def exactly_one_of_everything(stage: Stage, *, undrained: Collection[str] = ()) -> list[str]:
