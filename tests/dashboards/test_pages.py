@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from sqlalchemy import text
 
 from dashboards.data import Data
@@ -46,45 +46,6 @@ class Tab:
         """The value under a headline's label."""
         found = self.page.locator(".kpi").filter(has=self.page.locator(".label", has_text=label))
         return found.first.locator(".value").inner_text()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What went over a page's socket, and which way."""
-
-    sent: bool
-    text: str
-
-
-@dataclass
-class Frames:
-    """Everything a tab's sockets carried so far, oldest first."""
-
-    page: Any
-    seen: list[Frame] = field(default_factory=list)
-
-    def until(self, wanted: Callable[[Frame], bool], *, after: int) -> int:
-        """Wait for a frame from position ``after`` on; returns its position."""
-        ends = time.monotonic() + PATIENCE_MS / 1000
-        while time.monotonic() < ends:
-            for position, frame in enumerate(self.seen[after:], after):
-                if wanted(frame):
-                    return position
-            # Playwright hands frames over only while it waits.
-            self.page.wait_for_timeout(20)
-        raise AssertionError(f"not among {len(self.seen)} frames")
-
-
-def frames(tab: Tab) -> Frames:
-    """Listen to the sockets that the tab opens from now on."""
-    found = Frames(tab.page)
-
-    def opened(socket: Any) -> None:
-        socket.on("framesent", lambda payload: found.seen.append(Frame(True, str(payload))))
-        socket.on("framereceived", lambda payload: found.seen.append(Frame(False, str(payload))))
-
-    tab.page.on("websocket", opened)
-    return found
 
 
 def attend(tab: Tab) -> None:
@@ -225,19 +186,21 @@ def test_a_cost_that_moves_is_seen_without_a_reload(tab: Tab, seeded: Seeded) ->
 
 
 def test_dark_is_kept_on_the_next_page(tab: Tab) -> None:
-    told = frames(tab)
     tab.open("/cost")
     tab.page.get_by_label("Toggle theme").click()
     tab.page.wait_for_selector(".mui-dark", timeout=PATIENCE_MS)
-    # A person is slower than this test: the server has heard of it before the next page is asked for.
-    dark = '"attr":"dark_theme","new":true'
-    change = told.until(lambda frame: frame.sent and dark in frame.text, after=0)
-    told.until(lambda frame: not frame.sent and '"msgtype": "OK"' in frame.text, after=change)
-    tab.page.get_by_text("Clusters and nodes").first.click()
-    tab.page.wait_for_url("**/nodes*", timeout=PATIENCE_MS)
-    # The old page's elements may still be there for a moment: the new heading first.
-    tab.page.locator("h1", has_text="Clusters and nodes").wait_for(timeout=PATIENCE_MS)
-    tab.page.wait_for_selector(".mui-dark", timeout=PATIENCE_MS)
+    # Panel acts on a change 50 ms later, or when it has time: a person does not outrun that, this test may.
+    for _ in range(10):
+        tab.page.get_by_text("Clusters and nodes").first.click()
+        tab.page.wait_for_url("**/nodes*", timeout=PATIENCE_MS)
+        # The old page's elements may still be there for a moment: the new heading first.
+        tab.page.locator("h1", has_text="Clusters and nodes").wait_for(timeout=PATIENCE_MS)
+        try:
+            tab.page.wait_for_selector(".mui-dark", timeout=2000)
+        except PlaywrightTimeout:
+            continue
+        return
+    pytest.fail("the next page is light again")
 
 
 def test_a_platform_admin_changes_the_customer_and_sees_only_that_one(tab: Tab, seeded: Seeded) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from control.embedded import free_port
 from control.supervisor.checks import check_port, port_cause
 from control.supervisor.daemon import MAX_PAUSE_SECONDS, End, Program, Restarts, Supervisord, render_programs
 from control.supervisor.environment import (
@@ -372,7 +373,7 @@ def test_each_server_is_checked_where_it_listens(taken):
 )
 def test_a_foreign_address_names_the_hosts_setting(name, setting, host):
     with pytest.raises(UpError, match=f"{re.escape(host)}: it is no address of this machine; set {setting} to"):
-        check_port(name, 1, {setting: host})
+        check_port(name, free_port(), {setting: host})
 
 
 def test_a_privileged_port_is_told_from_a_used_one():
