@@ -41,7 +41,6 @@ class Login:
     expires_at: float
     credential: str = field(repr=False)
     refresh_token: str | None = field(default=None, repr=False)
-    dark: bool = False
     id: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
 
     @property

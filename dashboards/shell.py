@@ -100,12 +100,25 @@ class PageSpec:
     platform_only: bool = False
 
 
+THEME_COOKIE = "cloudoptim_theme"
+_KEEP_THEME = f"""
+const theme = cb_obj.dark_theme ? "dark" : "light"
+document.cookie = `{THEME_COOKIE}=${{theme}}; path=/; SameSite=Lax; max-age=31536000`
+"""
+
+
 def login_of_session(logins: Logins) -> Login | None:
     """The login of the page being made: from the cookie of the request itself, never from what the page's token
     repeats."""
     context = pn.state.curdoc.session_context if pn.state.curdoc else None
     request = getattr(getattr(context, "request", None), "_request", None)
     return logins.from_request(request) if request is not None else None
+
+
+def _wants_dark() -> bool:
+    context = pn.state.curdoc.session_context if pn.state.curdoc else None
+    request = getattr(getattr(context, "request", None), "_request", None)
+    return request is not None and THEME_COOKIE in request.cookies and request.cookies[THEME_COOKIE].value == "dark"
 
 
 def page(services: Services, pages: tuple[PageSpec, ...], spec: PageSpec) -> Any:
@@ -129,14 +142,12 @@ def page(services: Services, pages: tuple[PageSpec, ...], spec: PageSpec) -> Any
         main=[pn.Column(content, sizing_mode="stretch_width", margin=(20, 24, 40, 24))],
         theme_config=THEME_CONFIG,
         sx=PAGE_SX,
-        dark_theme=login.dark,
+        dark_theme=_wants_dark(),
         busy_indicator="linear",
     )
 
-    def keep_theme(event: Any) -> None:
-        login.dark = event.new
-
-    shell.param.watch(keep_theme, "dark_theme")
+    # The browser itself keeps it: who goes on to the next page at once leaves the server no time to hear of it.
+    shell.jscallback(dark_theme=_KEEP_THEME)
     return shell
 
 

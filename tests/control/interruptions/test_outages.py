@@ -44,6 +44,8 @@ from warehouse.postgres.migrate import upgrade
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
 OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "60"))
+# How much longer Redis stays away, with a warning every two seconds.
+REDIS_AWAY_SECONDS = float(os.environ.get("REDIS_AWAY_SECONDS", "0"))
 FREEZES = int(os.environ.get("FREEZES", "1"))
 # Batches a frozen or killed worker holds at once.
 HELD = 20
@@ -165,12 +167,12 @@ async def test_redis_emptied_killed_and_stopped(
     """A storm over 5 clusters: FLUSHALL again and again, kill -9 and back, then stopped for good."""
     folder, port = server_folder / "redis-outage", free_port()
     server = await asyncio.to_thread(EmbeddedRedis(folder, port=port).start)
-    notices, seconds = int(OUTAGE_SECONDS * 4), OUTAGE_SECONDS
+    notices, late, seconds = int(OUTAGE_SECONDS * 4), int(REDIS_AWAY_SECONDS / 2), OUTAGE_SECONDS
     async with open_stage(database_url, server.url, tmp_path, zygote=zygote) as stage, load(stage, 5) as made:
-        instances = await made.nodes(notices)
+        instances = await made.nodes(notices + late)
         workers = [stage.start_worker() for _ in range(2)]
         await made.warm_up()
-        storm = asyncio.create_task(made.storm(instances, seconds))
+        storm = asyncio.create_task(made.storm(instances[:notices], seconds))
         flushes = 0
         async with redis.Redis.from_url(server.url) as client:
             ends = time.monotonic() + seconds / 4
@@ -186,14 +188,17 @@ async def test_redis_emptied_killed_and_stopped(
         await asyncio.to_thread(server.stop)
         stopped = time.time()
         await storm
+        await made.storm(instances[notices:], REDIS_AWAY_SECONDS)
+        away = time.time() - stopped
         outcomes = await nothing_lost(made)
         await settled(made)
         without = [made.leased[i] - due for i, due in made.due.items() if due > stopped]
         p99 = percentile(made.latencies(), 0.99)
         say(
             "redis emptied, killed, stopped",
-            warnings=notices,
-            seconds=seconds,
+            warnings=notices + late,
+            seconds=seconds + REDIS_AWAY_SECONDS,
+            away_s=round(away),
             flushes=flushes,
             lost=0,
             outcomes=outcomes,
