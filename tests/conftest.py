@@ -39,11 +39,7 @@ MIN_MEMORY_DISK_BYTES = 1 << 30
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Acceptance first: it waits for schedules for minutes, during which the other processes run everything else.
-
-    Tests about root's rights are for root; for everybody else there is nothing in them to run or to skip.
-    """
-    items.sort(key=lambda item: item.get_closest_marker("acceptance") is None)
+    """Tests about root's rights are for root; for everybody else there is nothing in them to run or to skip."""
     if os.geteuid() != 0:
         for_root = [item for item in items if item.get_closest_marker("root")]
         items[:] = [item for item in items if item not in for_root]

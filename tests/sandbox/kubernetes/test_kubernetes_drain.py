@@ -88,6 +88,8 @@ def test_an_exhausted_budget_answers_429_with_the_real_message(
     double.run_pods()
     eventually(lambda: policy.read_namespaced_pod_disruption_budget("web", "default").status.disruptions_allowed == 1)
     evict(core, "p1")
+    # The message tells the healthy pods that the controller has counted.
+    eventually(lambda: policy.read_namespaced_pod_disruption_budget("web", "default").status.current_healthy == 1)
     with pytest.raises(ApiException) as refused:
         evict(core, "p2")
     assert refused.value.status == 429
