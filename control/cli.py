@@ -238,7 +238,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(*(rows[0] if rows else ()))
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+    # Written to a file or a pipe, no column loses half of its ids.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @sandbox_app.command("replay")
