@@ -9,7 +9,7 @@ from urllib.parse import quote
 import adbc_driver_postgresql.dbapi
 import pyarrow as pa
 
-from warehouse.lake.store import libpq_dsn
+from warehouse.lake.sessions import libpq_dsn
 from warehouse.postgres.session import SYSTEM_ROLE
 
 

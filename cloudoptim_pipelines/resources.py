@@ -10,8 +10,9 @@ from pydantic import PrivateAttr
 
 from control.settings import get_settings
 from warehouse.lake.query import LakeReader, Limits
+from warehouse.lake.releases import Release
 from warehouse.lake.staging import Staged
-from warehouse.lake.store import Lake, PartitionWrite, Release
+from warehouse.lake.store import Lake, PartitionWrite
 from warehouse.postgres.session import SyncDatabase
 
 # What DuckDB may hold in memory; beyond it spills to disk.

@@ -27,10 +27,12 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from warehouse.lake.errors import LakeDataError
-from warehouse.lake.query import Snapshot, reading_statement
+from warehouse.lake.query import Snapshot
+from warehouse.lake.releases import Release
 from warehouse.lake.staging import Staged
-from warehouse.lake.store import Lake, Release
+from warehouse.lake.store import Lake
 from warehouse.lake.tables import TableSpec
+from warehouse.lake.texts import reading_statement
 
 _FIELD = re.compile(r"^([a-z][a-z ]*):\s*(.*)$")
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from warehouse.lake.delta import live_files
 from warehouse.lake.errors import LakeConflictError, LakeDataError, LakeError
 from warehouse.lake.query import LakeReader
+from warehouse.lake.releases import Release
 from warehouse.lake.staging import Scope
-from warehouse.lake.store import Lake, PartitionWrite, Release, live_files
+from warehouse.lake.store import Lake, PartitionWrite
 
 # Readers may hold a pinned release, and writers a staged file, for much less than a week.
 RETENTION_HOURS = 168

@@ -22,26 +22,24 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
-import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
-from deltalake import DeltaTable
 
 from warehouse.lake.errors import LakeError, LakeQueryError, TenantScopeError
+from warehouse.lake.plans import Plan, beneath, plan_table, quoted_name, quoted_text, scoped, select_files
+from warehouse.lake.releases import Release
 from warehouse.lake.staging import batches
 from warehouse.lake.storage import refuse_forked_child
-from warehouse.lake.store import Lake, Release, delta_arrow_schema
-from warehouse.lake.tables import TableSpec, duckdb_type
+from warehouse.lake.store import Lake
+from warehouse.lake.tables import TableSpec
+from warehouse.lake.texts import first_lines, parsed, reading_statement
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,33 +48,6 @@ if TYPE_CHECKING:
 PLANNED_RELEASES = 8
 # What unqualified names mean: every row, one customer's rows, only what belongs to nobody.
 SCOPES = ("all", "tenant", "shared")
-# Reader features of Delta that do not change what a Parquet file holds.
-HARMLESS_FEATURES = frozenset({"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint"})
-# Nodes of a parsed query that only read. DuckDB 2 parses COPY and INSERT inside WITH and still calls it a SELECT.
-READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-# Functions a text may read from. A list of what is allowed: DuckDB has a hundred others, and each of its releases adds
-# some, that run text, read files, write logs or reach a table by a name given as text.
-TABLE_FUNCTIONS = frozenset({"range", "generate_series", "unnest", "repeat", "repeat_row", "json_each", "json_tree"})
-# Functions of one value that run text, look outside or leave something behind.
-REFUSED_FUNCTIONS = frozenset(
-    {
-        "currval",
-        "getenv",
-        "json_execute_serialized_sql",
-        "nextval",
-        "query",
-        "query_table",
-        "read_blob",
-        "read_text",
-        "setseed",
-        "setval",
-        "write_log",
-    }
-)
-# A table's name. Anything else in its place is a file, or the unfiltered rows below a view (see ``_beneath``).
-_PLAIN_NAME = re.compile(r"\w+")
-# Texts whose parsed form is kept; a dashboard page has some thirty.
-KEPT_TEXTS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,148 +58,6 @@ class Limits:
     threads: int = 2
     spill: str = "8GB"
     statement_seconds: float | None = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Files that hold the same columns."""
-
-    uris: tuple[str, ...]
-    columns: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How to read one version of one table."""
-
-    table: str
-    schema: pa.Schema
-    partition_by: tuple[str, ...]
-    groups: tuple[_Files, ...]
-    dataset: pads.Dataset | None
-
-    @property
-    def uris(self) -> list[str]:
-        return [uri for group in self.groups for uri in group.uris]
-
-
-def _name(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
-
-
-def plan_table(lake: Lake, table: str, version: int) -> _Plan:
-    """List the files of one version.
-
-    Raises:
-        LakeError: the table uses deletion vectors, column mapping or another feature that makes plain Parquet reads
-            wrong.
-    """
-    handle = lake.delta_table(table, version)
-    refuse_features(handle, table)
-    schema = delta_arrow_schema(handle)
-    partition_by = tuple(handle.metadata().partition_columns)
-    actions = pa.table(handle.get_add_actions())
-    if not actions.num_rows:
-        return _Plan(table, schema, partition_by, (), None)
-    stored = [name for name in schema.names if name not in partition_by]
-    uris = [f"{handle.table_uri.rstrip('/').removeprefix('file://')}/{path}" for path in actions["path"].to_pylist()]
-    groups: dict[frozenset[str], list[str]] = {}
-    for uri, columns in zip(uris, _columns_of_files(actions, stored), strict=True):
-        groups.setdefault(columns, []).append(uri)
-    plan = tuple(_Files(tuple(sorted(files)), columns) for columns, files in groups.items())
-    dataset = _dataset(lake, schema, partition_by, actions, uris) if lake.storage.remote else None
-    return _Plan(table, schema, partition_by, plan, dataset)
-
-
-def refuse_features(handle: DeltaTable, table: str) -> None:
-    """Raise when reading the table's Parquet files directly would give wrong rows."""
-    protocol = handle.protocol()
-    configuration = handle.metadata().configuration
-    features = set(protocol.reader_features or ())
-    mapping = configuration.get("delta.columnMapping.mode", "none")
-    vectors = configuration.get("delta.enableDeletionVectors", "false")
-    odd = features - HARMLESS_FEATURES
-    if mapping != "none":
-        odd.add("columnMapping")
-    if vectors == "true":
-        odd.add("deletionVectors")
-    if odd:
-        raise LakeError(
-            f"lake table {table} uses {', '.join(sorted(odd))}, which readers of plain Parquet files would misread; "
-            "another engine switched it on: restore the last release (Lake.repair) and write only through the lake"
-        )
-
-
-def _columns_of_files(actions: pa.Table, stored: list[str]) -> list[frozenset[str]]:
-    """Which columns each file holds: those its statistics count nulls of. Files older than a column lack it.
-
-    A file without statistics is none of ours and is taken to hold every column: reading it fails if it does not.
-    """
-    if "null_count" not in actions.column_names:
-        return [frozenset(stored)] * actions.num_rows
-    counts = actions["null_count"].combine_chunks()
-    known = [name for name in stored if counts.type.get_field_index(name) >= 0]
-    present = {name: pc.is_valid(pc.struct_field(counts, name)).to_numpy(zero_copy_only=False) for name in known}
-    if all(present[name].all() for name in known) and len(known) == len(stored):
-        return [frozenset(stored)] * actions.num_rows
-    described = pc.is_valid(actions["num_records"]).to_pylist()
-    return [
-        frozenset(name for name in known if present[name][row]) if described[row] else frozenset(stored)
-        for row in range(actions.num_rows)
-    ]
-
-
-def _dataset(
-    lake: Lake, schema: pa.Schema, partition_by: Sequence[str], actions: pa.Table, uris: list[str]
-) -> pads.Dataset:
-    """The files as an Arrow dataset, for stores DuckDB cannot read itself (its httpfs extension needs a download)."""
-    options = pads.ParquetFragmentScanOptions(pre_buffer=True)
-    file_format = pads.ParquetFileFormat(default_fragment_scan_options=options)
-    partitions = actions["partition"].to_pylist()
-    fragments = []
-    for uri, partition in zip(uris, partitions, strict=True):
-        expression: Any = None
-        for name in partition_by:
-            term = pc.field(name) == pa.scalar(partition[name], schema.field(name).type)
-            expression = term if expression is None else expression & term
-        fragments.append(
-            file_format.make_fragment(
-                uri.removeprefix("s3://"), lake.storage.filesystem, partition_expression=expression
-            )
-        )
-    nullable = pa.schema([pa.field(field.name, field.type) for field in schema])
-    return pads.FileSystemDataset(fragments, nullable, file_format, lake.storage.filesystem)
-
-
-def _beneath(table: str) -> str:
-    """The name under which a cursor knows an Arrow dataset: one that no text can name."""
-    return f"{table} of everybody"
-
-
-def _select(plan: _Plan) -> str:
-    """SQL that reads the plan's files with all columns in the table's order."""
-    types = {field.name: duckdb_type(field.type) for field in plan.schema}
-    if not plan.groups:
-        columns = ", ".join(f"CAST(NULL AS {types[name]}) AS {_name(name)}" for name in plan.schema.names)
-        return f"SELECT {columns} WHERE false"
-    hive = ", ".join(f"{_text(name)}: {types[name]}" for name in plan.partition_by)
-    parts = []
-    for group in plan.groups:
-        columns = ", ".join(
-            _name(name)
-            if name in plan.partition_by or name in group.columns
-            else f"CAST(NULL AS {types[name]}) AS {_name(name)}"
-            for name in plan.schema.names
-        )
-        files = ", ".join(map(_text, group.uris))
-        parts.append(
-            f"SELECT {columns} FROM read_parquet([{files}], hive_partitioning = true, hive_types = {{{hive}}})"
-        )
-    return " UNION ALL ".join(parts)
 
 
 class LakeReader:
@@ -244,7 +73,7 @@ class LakeReader:
         self.lake = lake if isinstance(lake, Lake) else Lake(*lake)
         self.limits = limits or Limits()
         self._guard = threading.Lock()
-        self._plans: dict[tuple[str, int], _Plan] = {}
+        self._plans: dict[tuple[str, int], Plan] = {}
         # Releases in the order of their last use; those with views stand in ``_viewed`` too.
         self._planned: OrderedDict[int, Mapping[str, int]] = OrderedDict()
         self._viewed: set[int] = set()
@@ -253,7 +82,7 @@ class LakeReader:
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._spill, ignore_errors=True)
         self._db = _connect(self.limits, self._spill)
         if not self.lake.storage.remote:
-            self._db.execute(f"SET allowed_directories = [{_text(self.lake.storage.root)}]")
+            self._db.execute(f"SET allowed_directories = [{quoted_text(self.lake.storage.root)}]")
         self._db.execute("SET enable_external_access = false")
         self._db.execute("SET lock_configuration = true")
 
@@ -281,7 +110,7 @@ class LakeReader:
         self._db.close()
         self._cleanup()
 
-    def plan(self, release: Release) -> dict[str, _Plan]:
+    def plan(self, release: Release) -> dict[str, Plan]:
         """How to read every table of the release; listed anew only where the version moved."""
         with self._guard:
             plans = {item: self._plans[item] for item in release.versions.items() if item in self._plans}
@@ -321,7 +150,7 @@ class LakeReader:
                     cursor.execute("SET VARIABLE customer_id = $c", {"c": customer_id})
                 except duckdb.Error as error:
                     raise LakeError(
-                        f"lake release {release.id} cannot be opened: {_first_lines(error)}; when its files can be "
+                        f"lake release {release.id} cannot be opened: {first_lines(error)}; when its files can be "
                         "read again, so can the release"
                     ) from error
                 yield cursor
@@ -332,7 +161,7 @@ class LakeReader:
                     del self._in_use[release.id]
 
     def _open(
-        self, release: Release, plans: Mapping[str, _Plan], scope: str, opened: ExitStack
+        self, release: Release, plans: Mapping[str, Plan], scope: str, opened: ExitStack
     ) -> duckdb.DuckDBPyConnection:
         if self.lake.storage.remote:
             cursor = opened.enter_context(closing(self._db.cursor()))
@@ -345,7 +174,7 @@ class LakeReader:
         cursor.execute(f"USE {scope}_{release.id}")
         return cursor
 
-    def _prepare(self, release: Release, plans: Mapping[str, _Plan]) -> None:
+    def _prepare(self, release: Release, plans: Mapping[str, Plan]) -> None:
         """Views of the release in three schemas; tables whose version another release planned are shared.
 
         Binding a view opens files, which may fail: then nothing of the release stays, so that the next query begins
@@ -357,10 +186,10 @@ class LakeReader:
             for scope in SCOPES:
                 db.execute(f"CREATE SCHEMA {scope}_{release.id}")
             for table, version in release.versions.items():
-                base = f"versions.{_name(f'{table}_v{version}')}"
-                db.execute(f"CREATE VIEW IF NOT EXISTS {base} AS {_select(plans[table])}")
-                for scope, select in _scoped(self.spec(table), plans[table].schema, base).items():
-                    db.execute(f"CREATE VIEW {scope}_{release.id}.{_name(table)} AS {select}")
+                base = f"versions.{quoted_name(f'{table}_v{version}')}"
+                db.execute(f"CREATE VIEW IF NOT EXISTS {base} AS {select_files(plans[table])}")
+                for scope, select in scoped(self.spec(table), plans[table].schema, base).items():
+                    db.execute(f"CREATE VIEW {scope}_{release.id}.{quoted_name(table)} AS {select}")
         except BaseException:
             self._drop_schemas(release.id)
             raise
@@ -377,28 +206,19 @@ class LakeReader:
         alive = {item for other in self._planned.values() for item in other.items()}
         for table, version in versions.items():
             if (table, version) not in alive:
-                self._db.execute(f"DROP VIEW IF EXISTS versions.{_name(f'{table}_v{version}')}")
+                self._db.execute(f"DROP VIEW IF EXISTS versions.{quoted_name(f'{table}_v{version}')}")
                 self._plans.pop((table, version), None)
 
-    def _register(self, cursor: duckdb.DuckDBPyConnection, plans: Mapping[str, _Plan], scope: str) -> None:
+    def _register(self, cursor: duckdb.DuckDBPyConnection, plans: Mapping[str, Plan], scope: str) -> None:
         """Temporary views over Arrow datasets, which live on one cursor."""
         for table, plan in plans.items():
-            base = f"({_select(plan)})"
+            base = f"({select_files(plan)})"
             if plan.dataset is not None:
-                base = _name(_beneath(table))
-                cursor.register(_beneath(table), plan.dataset)
-            select = _scoped(self.spec(table), plan.schema, base).get(scope)
+                base = quoted_name(beneath(table))
+                cursor.register(beneath(table), plan.dataset)
+            select = scoped(self.spec(table), plan.schema, base).get(scope)
             if select:
-                cursor.execute(f"CREATE TEMPORARY VIEW {_name(table)} AS {select}")
-
-
-def _scoped(spec: TableSpec | None, schema: pa.Schema, base: str) -> dict[str, str]:
-    """What each scope sees of a table: everything, one customer's rows, or nothing that belongs to customers."""
-    everything = f"SELECT * FROM {base}"
-    if "customer_id" not in schema.names:
-        return {"all": everything, "tenant": everything, "shared": everything}
-    shared = " OR customer_id IS NULL" if spec is not None and spec.shared_when_null else ""
-    return {"all": everything, "tenant": f"{everything} WHERE customer_id = getvariable('customer_id'){shared}"}
+                cursor.execute(f"CREATE TEMPORARY VIEW {quoted_name(table)} AS {select}")
 
 
 def _connect(limits: Limits, spill: str) -> duckdb.DuckDBPyConnection:
@@ -527,7 +347,7 @@ class Snapshot:
             )
         if customer_id is not None and all_customers:
             raise TenantScopeError("customer_id and all_customers=True contradict each other; give one of them")
-        reading = _read(sql)
+        reading = parsed(sql)
         if not all_customers and reading.qualified is not None:
             raise TenantScopeError(
                 f"{reading.qualified} names a schema; name lake tables alone, so that they show what the query may see"
@@ -554,104 +374,6 @@ class Snapshot:
                 raise
             except duckdb.Error as error:
                 raise _explained(error, self.reader, scope) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """A text that only reads, its parameters, and a table in it that is named with a schema."""
-
-    statement: str
-    parameters: frozenset[str]
-    qualified: str | None
-
-
-def reading_statement(sql: str) -> tuple[str, set[str]]:
-    """The text of the one reading statement in ``sql`` and the names of its parameters.
-
-    Raises:
-        LakeQueryError: there are several statements, or something in it does more than read tables.
-    """
-    reading = _read(sql)
-    return reading.statement, set(reading.parameters)
-
-
-@lru_cache(maxsize=KEPT_TEXTS)
-def _read(sql: str) -> _Reading:
-    try:
-        statements = duckdb.extract_statements(sql)
-    except duckdb.Error as error:
-        raise LakeQueryError(f"the query cannot be read: {_first_lines(error)}") from error
-    if len(statements) != 1:
-        raise LakeQueryError(f"give exactly one statement; this text has {len(statements)}")
-    statement = statements[0]
-    if statement.type != duckdb.StatementType.SELECT:
-        raise LakeQueryError(
-            f"only reading is allowed here (SELECT, WITH, FROM, VALUES, DESCRIBE, SUMMARIZE), not {statement.type.name}"
-        )
-    qualified = _refuse_writing(statement.query)
-    return _Reading(statement.query, frozenset(statement.named_parameters), qualified)
-
-
-# One instance only parses: it sees no file and no table.
-_PARSER = threading.local()
-
-
-def _refuse_writing(sql: str) -> str | None:
-    """Refuse what hides inside a SELECT: DuckDB 2 runs ``WITH x AS (COPY … TO 'file') SELECT …`` as one.
-
-    Returns a table that is named with a schema or catalog, if there is one.
-    """
-    if not hasattr(_PARSER, "db"):
-        _PARSER.db = duckdb.connect(":memory:", config={"enable_external_access": False, "threads": 1})
-    tree = msgspec.json.decode(_PARSER.db.execute("SELECT json_serialize_sql($sql)", {"sql": sql}).fetchall()[0][0])
-    if tree.get("error"):
-        raise LakeQueryError(
-            f"only plain reading statements are allowed here: {tree.get('error_message', 'not a SELECT')}"
-        )
-    qualified: str | None = None
-    stack: list[Any] = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, list):
-            stack.extend(node)
-        elif isinstance(node, dict):
-            kind = node.get("type")
-            if isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES:
-                what = kind.removesuffix("_NODE").removesuffix("_QUERY")
-                raise LakeQueryError(f"only reading is allowed here; the text contains {what}")
-            _refuse_function(node)
-            qualified = _named_with_schema(node) or qualified
-            stack.extend(node.values())
-    return qualified
-
-
-def _refuse_function(node: Mapping[str, Any]) -> None:
-    if node.get("type") == "TABLE_FUNCTION":
-        name = node["function"].get("function_name")
-        if not isinstance(name, str) or name.lower() not in TABLE_FUNCTIONS:
-            raise LakeQueryError(
-                f"reading from function {name} is not allowed in lake queries; allowed are "
-                f"{', '.join(sorted(TABLE_FUNCTIONS))}"
-            )
-    name = node.get("function_name")
-    if isinstance(name, str) and name.lower() in REFUSED_FUNCTIONS:
-        raise LakeQueryError(f"function {name} is not allowed in lake queries")
-
-
-def _named_with_schema(node: Mapping[str, Any]) -> str | None:
-    """The table's or listing's name if it has a schema; None for what has none.
-
-    Raises:
-        LakeQueryError: a file stands in the table's place.
-    """
-    kind = node.get("type")
-    if kind not in ("BASE_TABLE", "SHOW_REF"):
-        return None
-    table = node["table_name"].strip('"')  # SHOW TABLES asks for "tables", with the quotes
-    if table and not _PLAIN_NAME.fullmatch(table):
-        raise LakeQueryError(f"{table!r} is no table; lake queries read tables, not files")
-    path = [node["catalog_name"], node["schema_name"], table]
-    return ".".join(filter(None, path)) if any(path[:2]) else None
 
 
 @contextmanager
@@ -681,15 +403,11 @@ def _limited(cursor: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterat
         timer.cancel()
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).split("\n\n")[0].splitlines() if line.strip())
-
-
 _ABSENT = re.compile(r"Table with name (\w+) does not exist")
 
 
 def _explained(error: duckdb.Error, reader: LakeReader, scope: str) -> LakeQueryError:
-    text = _first_lines(error)
+    text = first_lines(error)
     absent = _ABSENT.search(text)
     if absent and scope == "shared" and (spec := reader.spec(absent.group(1))) is not None and spec.tenant:
         return TenantScopeError(
@@ -723,17 +441,17 @@ def restricted(
             db.execute("SET VARIABLE customer_id = $c", {"c": customer_id})
             files: list[str] = []
             for table, plan in plans.items():
-                base = f"({_select(plan)})"
+                base = f"({select_files(plan)})"
                 if plan.dataset is not None:
-                    base = _name(_beneath(table))
-                    db.register(_beneath(table), plan.dataset)
+                    base = quoted_name(beneath(table))
+                    db.register(beneath(table), plan.dataset)
                 elif plan.groups:
                     files.extend(plan.uris)
-                select = _scoped(snapshot.reader.spec(table), plan.schema, base)[scope]
+                select = scoped(snapshot.reader.spec(table), plan.schema, base)[scope]
                 # A view over a registered dataset can only be temporary.
                 kind = "TEMPORARY VIEW" if plan.dataset is not None else "VIEW"
-                db.execute(f"CREATE {kind} {_name(table)} AS {select}")
-            db.execute(f"SET allowed_paths = [{', '.join(map(_text, files))}]")
+                db.execute(f"CREATE {kind} {quoted_name(table)} AS {select}")
+            db.execute(f"SET allowed_paths = [{', '.join(map(quoted_text, files))}]")
             db.execute("SET enable_external_access = false")
             db.execute("SET lock_configuration = true")
             yield db

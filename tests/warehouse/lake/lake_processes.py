@@ -24,6 +24,7 @@ import polars as pl
 
 from tests.warehouse.lake.lake_rows import CUSTOMER_A, node_costs, node_hours
 from warehouse.lake.query import LakeReader, Limits
+from warehouse.lake.releases import Releases
 from warehouse.lake.store import Lake, PartitionWrite
 
 DAYS = (1, 2, 3)
@@ -94,8 +95,8 @@ def read(lake: Lake, seconds: float, seed: int) -> dict[str, Any]:
 def die(lake: Lake, point: float, _: int) -> dict[str, Any]:
     """Publish, and be killed after staging (0), one table's commit (1), both commits (2), or the release row (3)."""
 
-    def killed_after(name: str, calls: int) -> None:
-        real: Callable[..., Any] = getattr(Lake, name)
+    def killed_after(owner: type, name: str, calls: int) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
         seen = 0
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -106,9 +107,15 @@ def die(lake: Lake, point: float, _: int) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        setattr(Lake, name, wrapper)
+        setattr(owner, name, wrapper)
 
-    killed_after(*[("stage", 2), ("_commit_table", 1), ("_commit_table", 2), ("_release", 1)][int(point)])
+    points: list[tuple[type, str, int]] = [
+        (Lake, "stage", 2),
+        (Lake, "_commit_table", 1),
+        (Lake, "_commit_table", 2),
+        (Releases, "add", 1),
+    ]
+    killed_after(*points[int(point)])
     lake.publish(stamped(77, 1), run_id="dies")
     return {"survived": True}
 

@@ -14,9 +14,11 @@ from deltalake import DeltaTable
 
 from tests.warehouse.lake.lake_rows import CUSTOMER_A, CUSTOMER_B, node_costs, node_hours, prices
 from warehouse.lake.errors import LakeError, LakeQueryError, TenantScopeError
-from warehouse.lake.query import PLANNED_RELEASES, LakeReader, Limits, reading_statement, refuse_features, restricted
+from warehouse.lake.plans import refuse_features
+from warehouse.lake.query import PLANNED_RELEASES, LakeReader, Limits, restricted
 from warehouse.lake.store import Lake, PartitionWrite
 from warehouse.lake.tables import TABLES
+from warehouse.lake.texts import reading_statement
 
 DAY_1 = {"day": "2024-01-01", "region": "us-east-1"}
 

@@ -382,11 +382,11 @@ def test_a_commit_that_bypasses_the_store_is_met_with_an_error_not_a_mix(
 def test_a_writer_waits_for_the_lock_no_longer_than_it_should(
     lake: Lake, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from warehouse.lake import store
+    from warehouse.lake import sessions
 
-    monkeypatch.setattr(store, "LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(sessions, "LOCK_TIMEOUT_SECONDS", 0.2)
     with psycopg.connect(database_url, autocommit=True) as other:
-        other.execute("SELECT pg_advisory_lock(%s)", [store.COMMIT_LOCK])
+        other.execute("SELECT pg_advisory_lock(%s)", [sessions.COMMIT_LOCK])
         with Lake(lake.storage.root, database_url) as waiting:
             staged = waiting.stage("spot_prices", DAY_1, prices(1, 1))
             with pytest.raises(LakeBusyError, match="pg_locks"):
@@ -583,10 +583,10 @@ def test_the_server_looks_for_a_writer_that_vanished(lake: Lake, database_url: s
 def test_staging_fits_the_released_columns_and_does_not_wait_for_a_writer(lake: Lake, database_url: str) -> None:
     """A dead writer added a column, and another thread of this process waits for the lake's lock."""
     leave_behind(lake, "spot_prices", "add column")
-    from warehouse.lake import store
+    from warehouse.lake import sessions
 
     with psycopg.connect(database_url, autocommit=True) as other:
-        other.execute("SELECT pg_advisory_lock(%s)", [store.COMMIT_LOCK])
+        other.execute("SELECT pg_advisory_lock(%s)", [sessions.COMMIT_LOCK])
         waiting = threading.Thread(target=lambda: publish(lake, PartitionWrite("spot_prices", DAY_2, prices(2, 1))))
         waiting.start()
         while not other.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone():
