@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import dagster as dg
@@ -17,6 +18,8 @@ from cloudoptim_pipelines.defs.savings.automation import closing_days
 from cloudoptim_pipelines.defs.spot_prices.automation import due_days
 from cloudoptim_pipelines.pacing import RETRY_AFTER, LastRun, Outcome, why_not, why_not_today
 from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, days_of, ranges_by_region
+from cloudoptim_pipelines.refusals import Refusal
+from control.sandbox.aws import Fault
 from tests.pipelines.conftest import World, at, price
 from warehouse.lake.store import Lake
 
@@ -73,7 +76,7 @@ def test_ten_years_of_partitions_stay_under_dagsters_advice() -> None:
 
 def test_every_schedule_runs_without_being_switched_on() -> None:
     schedules = list(defs.get_repository_def().schedule_defs)
-    assert len(schedules) == 7
+    assert len(schedules) == 8
     assert all(schedule.default_status == dg.DefaultScheduleStatus.RUNNING for schedule in schedules)
 
 
@@ -173,6 +176,68 @@ def test_looking_whether_a_job_is_due_leaves_no_connection_behind(world: World, 
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         ).fetchone()
     assert left == (0,)
+
+
+def test_what_is_denied_is_asked_for_half_as_often_each_time_and_at_last_every_six_hours() -> None:
+    since = when = at(20)
+    waits = []
+    for _ in range(9):
+        again = Refusal("denied", True, since, since, when).ask_again_at
+        waits.append((again - when) // timedelta(minutes=1))
+        when = again
+    assert waits == [10, 10, 20, 40, 80, 160, 320, 360, 360]
+
+
+def test_a_denied_region_is_asked_by_itself_ever_less_often_and_the_others_keep_their_hour(world: World, serve) -> None:
+    serve([price(at(20, 1), "m5.large", 0.03), price(at(20, 1), "m5.large", 0.03, region="eu-west-1")])
+    assert world.aws is not None
+    world.aws.inject(
+        Fault(
+            "error",
+            action="DescribeSpotPriceHistory",
+            region="us-east-1",
+            count=None,
+            code="UnauthorizedOperation",
+            message="You are not authorized to perform this operation.",
+            status=403,
+        )
+    )
+    repository = defs.get_repository_def()
+
+    def due(name: str, when: datetime) -> list[str] | str:
+        """First and last region of each run that the schedule asks for, or why it asks for none."""
+        with dg.build_schedule_context(
+            instance=instance,
+            repository_def=repository,
+            resources={"warehouse": world.warehouse()},
+            scheduled_execution_time=when,
+        ) as context:
+            tick = repository.get_schedule_def(name).evaluate_tick(context)
+        ends = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+        return ["..".join(run.tags[end].partition("|")[2] for end in ends) for run in tick.run_requests or []] or str(
+            tick.skip_message
+        )
+
+    def asked(when: datetime, first: str, last: str) -> None:
+        world.now = when
+        with suppress(dg.Failure):
+            world.run(["spot_prices"], f"2026-11-20|{first}", f"2026-11-20|{last}")
+
+    with dg.DagsterInstance.local_temp(str(world.folder)) as instance:
+        assert due("spot_prices_hourly", at(20, 6)) == ["eu-west-1..us-east-2"]
+        assert due("denied_regions", at(20, 6)) == "no region denies us its prices"
+        asked(at(20, 6), "eu-west-1", "us-east-2")
+        assert due("spot_prices_hourly", at(20, 6, 10)) == ["eu-west-1..eu-west-1", "us-east-2..us-east-2"]
+        told = due("denied_regions", at(20, 6, 9))
+        assert "us-east-1 is asked again at 20 Nov 06:10" in told
+        assert "not authorized" in told
+        assert due("denied_regions", at(20, 6, 10)) == ["us-east-1..us-east-1"]
+        asked(at(20, 6, 40), "us-east-1", "us-east-1")
+        assert "us-east-1 is asked again at 20 Nov 07:20" in due("denied_regions", at(20, 7, 19))
+        # Allowed again and read, by whomever: it has its hour like the others.
+        world.aws.clear_faults()
+        asked(at(20, 7, 20), "us-east-1", "us-east-1")
+        assert due("spot_prices_hourly", at(20, 7, 21)) == ["eu-west-1..us-east-2"]
 
 
 def test_a_new_installation_reads_prices_before_anything_else(world: World, serve) -> None:

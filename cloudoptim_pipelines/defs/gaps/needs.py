@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from cloudoptim_pipelines import refusals
 from cloudoptim_pipelines.partitions import REGIONS, START, day_start
 from warehouse.gap_reasons import API_ERROR, DENIED, DID_NOT_EXIST, NOT_CONFIGURED
 
@@ -38,17 +39,6 @@ _MISSED = text(
     WHERE table_name = :table_name AND state <> 'filled' AND reason <> '{DID_NOT_EXIST}' GROUP BY series
     """
 )
-_FAILURES = text("SELECT series, denied, asked_from FROM source_failures WHERE table_name = :table_name")
-_FAILED = text(
-    """
-    INSERT INTO source_failures (table_name, series, code, message, denied, asked_from, failed_at)
-    VALUES (:table_name, :series, :code, :message, :denied, :asked_from, :now)
-    ON CONFLICT (table_name, series) DO UPDATE SET
-        code = excluded.code, message = excluded.message, denied = excluded.denied, failed_at = excluded.failed_at,
-        asked_from = least(source_failures.asked_from, excluded.asked_from)
-    """
-)
-_ANSWERED = text("DELETE FROM source_failures WHERE table_name = :table_name AND series = :series")
 
 
 def price_needs(connection: Connection, table_name: str, delivered: Iterable[str]) -> list[Need]:
@@ -61,7 +51,7 @@ def price_needs(connection: Connection, table_name: str, delivered: Iterable[str
     given = {"table_name": table_name}
     clustered = _times(connection.execute(_CLUSTERED))
     missed = _times(connection.execute(_MISSED, given))
-    failures = {row.series: row for row in connection.execute(_FAILURES, given)}
+    failures = refusals.load(connection, table_name)
     known = set(delivered)
     oldest = day_start(date.fromisoformat(START))
     needs = []
@@ -85,26 +75,3 @@ def price_needs(connection: Connection, table_name: str, delivered: Iterable[str
 
 def _times(rows: Iterable[Any]) -> dict[str, datetime]:
     return {name: at.astimezone(UTC) for name, at in rows}
-
-
-def failed(
-    connection: Connection, table_name: str, series: str, error: Any, *, denied: bool, since: datetime, now: datetime
-) -> None:
-    """Note that a series could not be read: ``error`` has the source's ``code``; ``since`` is what was asked for."""
-    connection.execute(
-        _FAILED,
-        {
-            "table_name": table_name,
-            "series": series,
-            "code": error.code,
-            "message": str(error),
-            "denied": denied,
-            "asked_from": since,
-            "now": now,
-        },
-    )
-
-
-def answered(connection: Connection, table_name: str, series: str) -> None:
-    """The series was read: nothing refuses any more."""
-    connection.execute(_ANSWERED, {"table_name": table_name, "series": series})

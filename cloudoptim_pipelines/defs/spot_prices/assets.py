@@ -11,8 +11,8 @@ import polars as pl
 import pyarrow as pa
 from sqlalchemy import text
 
-from cloudoptim_pipelines import coverage, stale
-from cloudoptim_pipelines.defs.gaps import ledger, needs
+from cloudoptim_pipelines import coverage, refusals, stale
+from cloudoptim_pipelines.defs.gaps import ledger
 from cloudoptim_pipelines.defs.spot_prices import shape
 from cloudoptim_pipelines.merging import merge
 from cloudoptim_pipelines.partitions import DayRange, by_day_and_region, dagster_key, price_key, ranges_by_region
@@ -63,7 +63,7 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
     """Every change of every Spot price of a region and day, as AWS's price history tells it, USD per instance hour."""
     reader = warehouse.reader
     total = _Outcome()
-    refusals: dict[str, SpotPriceError] = {}
+    refused: dict[str, SpotPriceError] = {}
     asked = ranges_by_region(context.partition_keys)
     for region, ranges in asked.items():
         try:
@@ -72,9 +72,9 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
                 total.add(outcome)
                 context.log.info(f"{region} {part.first}..{part.last}: {outcome.totals['rows']} rows")
         except SpotPriceError as error:
-            refusals[region] = error
+            refused[region] = error
             context.log.error(f"{region}: {error}")
-        _remember(warehouse, region, refusals.get(region), ranges)
+        _remember(warehouse, region, refused.get(region), ranges)
     with warehouse.database.system() as connection:
         gaps = ledger.sync(connection, TABLE, now=warehouse.now())
         ledger.record(
@@ -84,13 +84,13 @@ def spot_prices(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.M
             sources=sorted(total.sources),
             now=warehouse.now(),
         )
-    if refusals:
+    if refused:
         # The other regions' partitions were written, and Dagster is to know it.
         for fact in total.facts:
             context.log_event(dg.AssetMaterialization(TABLE, partition=dagster_key(fact.key)))
         raise dg.Failure(
-            "; ".join(f"{region}: {error}" for region, error in sorted(refusals.items())),
-            allow_retries=not all(_denied(error) for error in refusals.values()),
+            "; ".join(f"{region}: {error}" for region, error in sorted(refused.items())),
+            allow_retries=not all(_denied(error) for error in refused.values()),
         )
     return dg.MaterializeResult(metadata={**_metadata(total), "open_gaps": sum(gap.fillable for gap in gaps)})
 
@@ -103,11 +103,11 @@ def _remember(warehouse: Warehouse, region: str, error: SpotPriceError | None, r
     """Whether the region answers: why its prices are missing, for the gaps."""
     with warehouse.database.system() as connection:
         if error is None:
-            needs.answered(connection, TABLE, region)
+            refusals.answered(connection, TABLE, region)
         else:
             since = min(days.start for days in ranges)
             denied = _denied(error)
-            needs.failed(connection, TABLE, region, error, denied=denied, since=since, now=warehouse.now())
+            refusals.failed(connection, TABLE, region, error, denied=denied, since=since, now=warehouse.now())
 
 
 @dataclass(slots=True)

@@ -62,7 +62,7 @@ class SourceFailure(Base):
     """Why a series could not be read when its source was last asked; gone as soon as it answers.
 
     ``denied``: asking again changes nothing until somebody allows it. ``asked_from`` is the earliest moment that was
-    asked for in vain.
+    asked for in vain, ``failing_since`` when asking first failed.
     """
 
     __tablename__ = "source_failures"
@@ -73,6 +73,7 @@ class SourceFailure(Base):
     message: Mapped[str]
     denied: Mapped[bool]
     asked_from: Mapped[datetime]
+    failing_since: Mapped[datetime] = mapped_column(server_default=func.now())
     failed_at: Mapped[datetime]
 
 
