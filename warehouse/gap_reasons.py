@@ -9,11 +9,12 @@ AGENT_AWAY: Final = "agent_away"
 API_ERROR: Final = "api_error"
 DENIED: Final = "denied"
 NOT_CONFIGURED: Final = "not_configured"
+NOT_NEEDED: Final = "not_needed"
 DID_NOT_EXIST: Final = "did_not_exist"
 TOO_OLD: Final = "too_old"
 
 # Nothing a run can do brings these back.
-UNFILLABLE: Final = frozenset({NOT_CONFIGURED, DID_NOT_EXIST, TOO_OLD})
+UNFILLABLE: Final = frozenset({NOT_CONFIGURED, NOT_NEEDED, DID_NOT_EXIST, TOO_OLD})
 
 REMEDIES: Final = {
     NO_SCRAPE: "Fill the gap: AWS still knows the prices in between.",
@@ -24,6 +25,7 @@ REMEDIES: Final = {
         "(or take the region off CLOUDOPTIM_PRICE_REGIONS), then fill the gap."
     ),
     NOT_CONFIGURED: "Add the region to CLOUDOPTIM_PRICE_REGIONS and restart: a cluster there needs its prices.",
+    NOT_NEEDED: "Nothing: the region is no longer listed and no cluster runs there; list it again to have it filled.",
     DID_NOT_EXIST: "Nothing: there was no data yet.",
     TOO_OLD: "Nothing: no source keeps data this old.",
 }

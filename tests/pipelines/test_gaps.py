@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from cloudoptim_pipelines.coverage import Coverage
+from cloudoptim_pipelines.defs.gaps import needs
 from cloudoptim_pipelines.defs.gaps.finder import AWS_KEEPS, daily_rhythm, expected_slots, match_slots, price_gaps
 from control.sandbox.aws import Fault
 from tests.pipelines.conftest import World, add_tenant, at, price
@@ -233,6 +234,38 @@ def test_a_region_denied_from_its_first_day_is_missing_with_that_reason_and_hold
     world.run(["spot_prices"], "2026-11-18|eu-west-1", "2026-11-19|eu-west-1")
     assert unfilled(world, "eu-west-1") == []
     assert world.sql("SELECT * FROM source_failures") == []
+
+
+def test_a_region_that_nobody_lists_or_uses_any_more_gathers_no_gaps_and_its_old_ones_are_closed(
+    world: World, serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve([price(at(day, 1), "m5.large", 0.03, zone="euw1-az1", region="eu-west-1") for day in range(15, 21)])
+    tenant = add_tenant(world, created_at=at(16), region="eu-west-1")
+    world.run(["spot_prices"], "2026-11-16|eu-west-1")
+    world.run(["spot_prices"], "2026-11-18|eu-west-1", "2026-11-19|eu-west-1")
+    assert unfilled(world, "eu-west-1") == [(17, "api_error", "open"), (20, "api_error", "open")]
+
+    def ends() -> list[datetime]:
+        return [row["gap_end"] for row in world.sql("SELECT gap_end FROM data_gaps ORDER BY gap_end")]
+
+    monkeypatch.setattr(needs, "REGIONS", ["us-east-1"])
+    world.now = at(20, 18)
+    world.run_unpartitioned(["data_gaps"])
+    # A cluster there still needs them.
+    assert unfilled(world, "eu-west-1") == [(17, "not_configured", "unfillable"), (20, "not_configured", "unfillable")]
+    last = ends()[-1]
+    world.sql("UPDATE clusters SET status = 'deleted' WHERE id = :id", id=tenant.cluster_id)
+    world.sql("DELETE FROM dirty_partitions")
+    for world.now in (at(20, 20), at(23)):
+        world.run_unpartitioned(["data_gaps"])
+        assert unfilled(world, "eu-west-1") == [(17, "not_needed", "unfillable"), (20, "not_needed", "unfillable")]
+        assert ends()[-1] == last
+    # What the cluster cost in those hours is no more whole than it was.
+    assert world.sql("SELECT * FROM dirty_partitions") == []
+    # Listed again, they are open again, with what came in between.
+    monkeypatch.undo()
+    world.run_unpartitioned(["data_gaps"])
+    assert unfilled(world, "eu-west-1") == [(day, "api_error", "open") for day in (17, 20, 21, 22)]
 
 
 def test_a_cluster_in_a_region_whose_prices_nobody_reads_is_a_gap_until_it_is_gone(world: World) -> None:

@@ -456,7 +456,11 @@ _TABLES = (
             _opt("cluster_id", TEXT, "cluster, null for prices"),
             _c("series", TEXT, "table and series the gap is in"),
             _c("gap_end", TIMESTAMP, "end of the gap"),
-            _c("reason", TEXT, "no_scrape, agent_away, api_error, denied, not_configured, did_not_exist, too_old"),
+            _c(
+                "reason",
+                TEXT,
+                "no_scrape, agent_away, api_error, denied, not_configured, not_needed, did_not_exist, too_old",
+            ),
             _c("expected_points", COUNT, "points the grid expects in the gap"),
             _c("filled_points", COUNT, "points filled so far"),
             _opt("fill_source", TEXT, "one of " + ", ".join(Source)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from statistics import median
 from uuid import UUID
@@ -39,8 +39,9 @@ class Gap:
     """A stretch of one series that should be there and is not.
 
     ``reason`` is one of no_scrape (the sampler missed it), agent_away, api_error (we did not get it), denied (the
-    source refuses us), not_configured (a cluster needs a region that nobody reads), did_not_exist (before the first
-    data), too_old (no source keeps it any more). ``fillable`` says whether a run may bring it back.
+    source refuses us), not_configured (a cluster needs a region that nobody reads), not_needed (nobody needs the region
+    any more), did_not_exist (before the first data), too_old (no source keeps it any more). ``fillable`` says whether a
+    run may bring it back.
     """
 
     table_name: str
@@ -67,7 +68,7 @@ def price_gaps(rows: Sequence[Coverage], *, now: datetime, need: Need | None = N
 
     Args:
         rows: the region's coverage, all of it; none when nothing was ever read.
-        need: since when the region is needed and why it may be missing.
+        need: since and until when the region is needed and why it may be missing.
     """
     if need is None:
         if not rows:
@@ -86,10 +87,12 @@ def price_gaps(rows: Sequence[Coverage], *, now: datetime, need: Need | None = N
         if minutes > 0:
             gaps.append(Gap(table, region, price_key(day, region), start, end, 24 * 60, minutes, reason))
 
-    for day in DayRange(first, max([today, *by_day])).days():
+    expected_until = now - REFRESH_GRACE if need.until is None else need.until
+    last = max([today if need.until is None else need.until.date(), *by_day])
+    for day in DayRange(first, last).days():
         start, end = day_start(day), day_start(day) + DAY
         lost = TOO_OLD if end < now - AWS_KEEPS else need.why(end)
-        due = min(end, now - REFRESH_GRACE)
+        due = min(end, expected_until)
         row = by_day.get(day)
         if row is None or row.present == 0:
             add(day, start, due, lost)
@@ -98,7 +101,10 @@ def price_gaps(rows: Sequence[Coverage], *, now: datetime, need: Need | None = N
             add(day, start, row.start, DID_NOT_EXIST if day == first else lost)
         if row.end < due:
             add(day, row.end, due, lost)
-    return gaps + snapshot_gaps(table, region, [by_day[day] for day in sorted(by_day)])
+    gaps += snapshot_gaps(table, region, [by_day[day] for day in sorted(by_day)])
+    if need.until is None:
+        return gaps
+    return [gap if gap.reason in UNFILLABLE else replace(gap, reason=need.reason) for gap in gaps]
 
 
 def snapshot_gaps(table: str, region: str, rows: Sequence[Coverage]) -> list[Gap]:
