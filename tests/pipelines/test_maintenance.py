@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
+import psycopg
+import pytest
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 
-from cloudoptim_pipelines.defs.maintenance.runs import forgettable_runs
-from tests.pipelines.conftest import Tenant, World, add_tenant
+from control.supervisor.dagster_home import SCHEMA, write_dagster_home
+from control.supervisor.plan import dagster_storage_url
+from tests.pipelines.conftest import ASSETS, QUIET, Tenant, World, add_tenant
 from warehouse.postgres.models import AgentTask, InboxMessage, Interruption, SpotEventRecord, TaskReport, new_id
 
 
@@ -123,23 +128,98 @@ def test_old_tasks_and_events_go_when_they_are_over_and_the_lake_holds_them(worl
     assert world.sql("SELECT * FROM task_reports") == []
 
 
-def test_dagsters_superseded_runs_may_go_and_what_its_page_and_schedules_read_stays() -> None:
-    days = dg.StaticPartitionsDefinition(["1", "2"])
+@pytest.fixture
+def dagster(world: World, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
+    """Dagster's instance as `cloudoptim up` has it: its tables in a schema of our database."""
+    write_dagster_home(world.folder)
+    monkeypatch.setenv("CLOUDOPTIM_DAGSTER_POSTGRES_URL", dagster_storage_url(database_url))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {SCHEMA}")
+    with dg.DagsterInstance.from_config(str(world.folder / "dagster")) as instance:
+        yield instance
+
+
+def test_dagsters_superseded_runs_go_and_what_its_page_schedules_and_backfills_read_stays(
+    world: World, dagster: dg.DagsterInstance
+) -> None:
+    days = dg.StaticPartitionsDefinition(["1", "2", "3"])
 
     @dg.asset(partitions_def=days)
-    def written() -> None:
+    def written(context) -> None:
         """An asset with partitions."""
+        if "fails" in context.run.tags:
+            raise ValueError("told to fail")
 
-    with dg.DagsterInstance.ephemeral() as instance:
-        first, second, other = (
-            dg.materialize([written], instance=instance, partition_key=key).run_id for key in ("1", "1", "2")
+    def run(key: str, **tags: str) -> str:
+        done = dg.materialize(
+            [written], instance=dagster, partition_key=key, tags=tags, raise_on_error=False, run_config=QUIET
         )
-        (latest,) = (dg.materialize([written], instance=instance, partition_key="1").run_id,)
-        later = datetime.now().astimezone() + timedelta(days=1)
-        assert forgettable_runs(instance, later, 10) == [first, second]
-        assert forgettable_runs(instance, later, 1) == [first]
-        assert forgettable_runs(instance, later - timedelta(days=2), 10) == []
-        for run_id in forgettable_runs(instance, later, 10):
-            instance.delete_run(run_id)
-        assert set(instance.get_materialized_partitions(dg.AssetKey("written"))) == {"1", "2"}
-        assert {run.run_id for run in instance.get_runs()} == {other, latest}
+        return done.run_id
+
+    @dg.job
+    def another() -> None:
+        """A job that a run of is under way."""
+
+    def events(run_ids: Sequence[str]) -> int:
+        with psycopg.connect(world.dsn) as connection:
+            found = connection.execute(
+                f"SELECT count(*) FROM {SCHEMA}.event_logs WHERE run_id = ANY(%s)", [list(run_ids)]
+            ).fetchone()
+        assert found is not None
+        return found[0]
+
+    def partitions() -> dict[str, list[str]]:
+        """What Dagster's page shows of each partition."""
+        key = dg.AssetKey("written")
+        failed = dagster.event_log_storage.get_latest_asset_partition_materialization_attempts_without_materializations(
+            key
+        )
+        return {
+            "written": sorted(dagster.get_materialized_partitions(key)),
+            "failed": sorted(
+                name
+                for name, (run_id, _) in failed.items()
+                if (found := dagster.get_run_by_id(run_id)) and found.status == dg.DagsterRunStatus.FAILURE
+            ),
+        }
+
+    under_way = dagster.create_run_for_job(another, status=dg.DagsterRunStatus.STARTED).run_id
+    superseded = [run("1"), run("1", fails="yes"), run("3", fails="yes")]
+    other = run("2")
+    never_written = run("3", fails="yes")
+    of_a_backfill = run("1", **{"dagster/backfill": "under-way"})
+    latest = run("1")
+    dagster.add_backfill(
+        PartitionBackfill(
+            backfill_id="under-way",
+            status=BulkActionStatus.REQUESTED,
+            from_failure=False,
+            tags={},
+            backfill_timestamp=datetime.now(UTC).timestamp(),
+            asset_selection=[dg.AssetKey("written")],
+            partition_names=["1"],
+        )
+    )
+    shown = partitions()
+    assert shown == {"written": ["1", "2"], "failed": ["3"]}
+
+    def maintain(days_later: int) -> None:
+        world.now = datetime.now(UTC) + timedelta(days=days_later)
+        dg.materialize(
+            [ASSETS["record_retention"]],
+            instance=dagster,
+            resources={"warehouse": world.warehouse()},
+            run_config=QUIET,
+        )
+
+    before = events([*superseded, other])
+    maintain(29)
+    assert events([*superseded, other]) == before
+    maintain(31)
+    left = {found.run_id for found in dagster.get_runs()}
+    assert left & {*superseded, under_way, other, never_written, of_a_backfill, latest} == {
+        under_way, other, never_written, of_a_backfill, latest,
+    }  # fmt: skip
+    assert events(superseded) == 0
+    assert all(events([kept]) for kept in (other, never_written, of_a_backfill, latest))
+    assert partitions() == shown
