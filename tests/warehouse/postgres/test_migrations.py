@@ -157,6 +157,25 @@ def test_of_two_interruptions_under_way_of_an_instance_the_one_that_ends_sooner_
     assert [tuple(row) for row in history] == [(other.version, "closed")]
 
 
+def test_days_whose_savings_said_zero_of_what_nobody_measures_are_computed_again(database_url):
+    downgrade(database_url, "20261128_failing_since")
+    covered = """
+        INSERT INTO partition_coverage (table_name, partition_key, series, covered_from, covered_until, expected_points,
+                                        present_points, detail, run_id)
+        SELECT name, key, series, now(), now(), 288, 288, '{}', ''
+        FROM (VALUES ('metric_5m', '2026-11-19', 'a'), ('metric_5m', '2026-11-19', 'b'),
+                     ('metric_5m', '2026-11-20', 'a'),
+                     ('spot_prices', '2026-11-18|us-east-1', 'us-east-1')) AS rows (name, key, series)"""
+    database = SyncDatabase(database_url)
+    with database.system() as connection:
+        connection.execute(text(covered))
+    upgrade(database_url)
+    with database.system() as connection:
+        marks = connection.execute(text("SELECT table_name, partition_key FROM dirty_partitions ORDER BY 2")).all()
+    database.close()
+    assert marks == [("node_cost_hourly", "2026-11-19"), ("node_cost_hourly", "2026-11-20")]
+
+
 def _as_modelled(table: Table) -> Table:
     """The reflected table with the model's checks, which reflection does not read back in a usable form."""
     model = Base.metadata.tables[table.name]
