@@ -42,7 +42,8 @@ async def get_tasks(
     """Lease tasks, the earliest deadline first; a long poll of up to 25 s.
 
     A lease lasts 15 s and is extended by reporting `running`. One that was never reported on is given to the same key
-    again after a second, under the same epoch: that is how a lost answer is made good.
+    again after a second, under the same epoch: that is how a lost answer is made good. So is,
+    once and at once, one whose deadline has come nearer: its holder takes the new deadline and goes on.
     """
     tasks = await service.wait_for_tasks(
         context,

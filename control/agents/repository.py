@@ -138,6 +138,7 @@ _LEASE = text("""
           AND (
               t.state = 'queued'
               OR t.lease_until <= now()
+              OR (t.leased_by = :agent AND t.deadline_at < t.offered_deadline_at)
               OR (t.leased_by = :agent
                   AND t.lease_until <= now() + make_interval(secs => :lease_seconds - :reoffer_seconds)
                   AND t.id <> ALL(:holding)
@@ -154,6 +155,7 @@ _LEASE = text("""
         lease_epoch = t.lease_epoch + CASE WHEN t.state = 'leased' AND t.lease_until > now() THEN 0 ELSE 1 END,
         attempts = t.attempts + CASE WHEN t.state = 'leased' AND t.lease_until > now() THEN 0 ELSE 1 END,
         lease_until = now() + make_interval(secs => :lease_seconds),
+        offered_deadline_at = t.deadline_at,
         first_leased_at = coalesce(t.first_leased_at, clock_timestamp())
     WHERE t.id = ANY(ARRAY(SELECT id FROM due))
     RETURNING t.id, t.cluster_id, t.task_type, t.parameters, t.priority, t.deadline_at, t.lease_epoch, t.lease_until
@@ -174,7 +176,8 @@ async def lease_tasks(
 
     Never returns a task past its deadline or of a type the agent does not understand. A live lease of the same agent
     that it never reported on is returned again under the same epoch when it is older than ``reoffer_seconds`` and not
-    among those the agent says it is ``holding``; any other lease adds one to the epoch.
+    among those the agent says it is ``holding``, and once more when its deadline has come nearer since it was offered;
+    any other lease adds one to the epoch.
     """
     result = await conn.execute(
         _LEASE,
@@ -374,7 +377,7 @@ _WITH_WORK = text("""
     SELECT DISTINCT cluster_id FROM agent_tasks
     WHERE cluster_id = ANY(:clusters) AND state IN ('queued', 'leased')
       AND (deadline_at IS NULL OR deadline_at > now())
-      AND (state = 'queued' OR lease_until <= now()
+      AND (state = 'queued' OR lease_until <= now() OR deadline_at < offered_deadline_at
            OR lease_until <= now() + make_interval(secs => :lease_seconds - :reoffer_seconds))
 """)
 

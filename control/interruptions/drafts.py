@@ -87,8 +87,10 @@ class Drafts:
 
     @property
     def clusters(self) -> set[UUID]:
-        """Clusters with new tasks."""
-        return {draft.drain.cluster_id for draft in self.all if draft.drain}
+        """Clusters with new tasks, or with tasks that end earlier."""
+        drained = {draft.drain.cluster_id for draft in self.all if draft.drain}
+        hurried = {draft.identity["cluster_id"] for draft in self.all if draft.shortened}
+        return drained | (hurried - {None})
 
     @property
     def launches(self) -> bool:

@@ -156,8 +156,9 @@ _SHORTEN = text("""
 
 
 async def shorten_deadlines(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bring forward the deadline of drains whose notice turned out to be more urgent; whoever holds one learns of it
-    with the answer to its next report."""
+    """Bring forward the deadline of drains whose notice turned out to be more urgent; whoever holds one is
+    offered it again, and learns of it with the answer to its next report at the latest. Ring ``tasks:<cluster_id>``
+    after the commit."""
     if rows:
         await conn.execute(_SHORTEN, {"rows": to_json(rows)})
 

@@ -26,7 +26,8 @@ class Received:
 
 @dataclass(slots=True)
 class Ingested:
-    """What a batch became. ``clusters`` have new tasks: ring their bells, now that it is committed."""
+    """What a batch became. ``clusters`` have new tasks, or some that end earlier: ring their bells, now that it is
+    committed."""
 
     new: int = 0
     duplicates: int = 0

@@ -47,6 +47,7 @@ class HeldTask:
     lease_until: float = 0.0
     state: str = "queued"
     offered: int = 0
+    hastened: bool = False
 
 
 @dataclass
@@ -104,6 +105,14 @@ class TaskServer:
             self.tasks[task.task_id] = task
         return task.task_id
 
+    def hasten(self, task_id: UUID, seconds: float, **parameters: Any) -> None:
+        """Bring a task's deadline forward; its holder is offered it again."""
+        task = self.tasks[task_id]
+        with self._lock:
+            task.deadline = task.told = datetime.now(UTC) + timedelta(seconds=seconds)
+            task.parameters = {**task.parameters, **parameters}
+            task.hastened = True
+
     def final(self, task_id: UUID) -> Report | None:
         return next(
             (r for r in self.reports if r.task_id == task_id and r.applied and r.result.status != "running"), None
@@ -143,9 +152,10 @@ class TaskServer:
         with self._lock:
             for task in self.tasks.values():
                 free = task.state == "queued" or (task.state == "leased" and task.lease_until < now)
-                if not free or len(offered) >= limit or task.task_type not in understands:
+                if not (free or task.hastened) or len(offered) >= limit or task.task_type not in understands:
                     continue
-                task.epoch += 1
+                task.epoch += free
+                task.hastened = False
                 task.offered += 1
                 task.state, task.lease_until = "leased", now + LEASE_SECONDS
                 offered.append(

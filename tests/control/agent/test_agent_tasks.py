@@ -115,6 +115,19 @@ def test_a_drain_under_way_learns_of_an_earlier_end_with_the_answer_to_its_repor
     assert world.server.ended(task, 10).detail["forced"] == 1
 
 
+def test_a_drain_under_way_learns_of_an_earlier_end_through_its_open_poll(world: World) -> None:
+    instance = world.add_node("n1")
+    world.deploy("web", 1)
+    budget(world, "web", minAvailable=1)
+    world.start_agent()
+    task = world.server.add("drain_node", 900, node_name="n1", instance_id=instance, force_at_deadline=True)
+    eventually(lambda: world.core.read_node("n1").spec.unschedulable)
+    started = time.monotonic()
+    world.server.hasten(task, 10, grace_seconds=1)
+    assert world.server.ended(task, 10).detail["forced"] == 1
+    assert time.monotonic() - started < 4.0, "before its next report was due"
+
+
 def test_a_task_past_its_deadline_is_not_executed(world: World) -> None:
     instance = world.add_node("n1")
     world.start_agent()

@@ -111,6 +111,26 @@ async def test_the_cycle_of_a_task(api, tenant):
     assert first == again == ended | {"deadline": heard["deadline"]}
 
 
+async def test_an_earlier_deadline_reaches_its_holder_through_the_open_poll_once(api, tenant):
+    deadline = datetime.now(UTC) + timedelta(seconds=100)
+    await add(api, tenant, deadline_at=deadline)
+    (task,) = await poll(api, tenant)
+    path = f"/client/tasks/{task['task_id']}/result"
+    await api.ok("POST", path, tenant.agent_key, json=result(task, "running"))
+    waiting = asyncio.create_task(poll(api, tenant, wait=20))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    async with api.db.system() as conn:
+        await conn.execute(sql("UPDATE agent_tasks SET deadline_at = deadline_at - interval '80 seconds'"))
+    started = time.monotonic()
+    await api.app.state.context.bells.ring("tasks", tenant.cluster_id)
+    (again,) = await waiting
+    assert time.monotonic() - started < 1.0
+    assert datetime.fromisoformat(again["deadline"]) == deadline - timedelta(seconds=80)
+    assert (again["task_id"], again["lease_epoch"]) == (task["task_id"], task["lease_epoch"])
+    assert await poll(api, tenant) == []
+
+
 async def test_a_stale_lease_is_409_and_an_unknown_task_404(api, tenant, other):
     await add(api, tenant)
     (task,) = await poll(api, tenant)

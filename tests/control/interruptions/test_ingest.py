@@ -407,8 +407,9 @@ async def test_a_sharper_word_has_its_own_notice_beside_the_first(db: Database, 
     recommended = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=7)
     await ingest(db, facts, [sqs(tenant.rebalance(instance, time=recommended.isoformat()))])
     warned = datetime.now(UTC).replace(microsecond=0)
-    await ingest(db, facts, [sqs(tenant.warning(instance, time=warned.isoformat()))])
+    sharpened = await ingest(db, facts, [sqs(tenant.warning(instance, time=warned.isoformat()))])
     row = await tenant.row("SELECT * FROM interruptions WHERE customer_id = :customer_id")
+    assert sharpened.clusters == {row.cluster_id}, "its agent is rung for: the drain ends earlier"
     assert (row.first_notice_at, row.notice_at) == (recommended, warned)
     assert row.deadline_at == warned + timedelta(seconds=120)
     task = await tenant.row("SELECT * FROM agent_tasks WHERE customer_id = :customer_id")

@@ -49,6 +49,7 @@ class AgentTask(HasId, HasCreatedAt, Base):
     leased_by: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default="0")
     first_leased_at: Mapped[datetime | None]
+    offered_deadline_at: Mapped[datetime | None]
     cordoned_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     result: Mapped[dict[str, Any] | None]
