@@ -1,7 +1,7 @@
 """The deadline a task had when it was last offered: one that came nearer since is offered to its holder again.
 
 Revision ID: 20261128_offered_deadline
-Revises: 20261128_failing_since
+Revises: 20261128_unmeasured_savings
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "20261128_offered_deadline"
-down_revision = "20261128_failing_since"
+down_revision = "20261128_unmeasured_savings"
 branch_labels = None
 depends_on = None
 
