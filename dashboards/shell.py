@@ -19,7 +19,7 @@ from dashboards import components as ui
 from dashboards.api import ControlApi
 from dashboards.auth import Login, Logins
 from dashboards.config import DashboardSettings
-from dashboards.data import Customer, Data, DataError
+from dashboards.data import Alarm, Customer, Data, DataError
 
 log = logging.getLogger("cloudoptim.dashboards")
 
@@ -172,7 +172,11 @@ def _content(services: Services, spec: PageSpec, login: Login) -> tuple[list[Any
         notice = ui.html("")
         notice.visible = False
         view = View(services, login, login.customer_id, notice)
-        return [_header(view)], _customer_choice(view, customers), ui.stack(notice, spec.build(view))
+        return (
+            [_header(view)],
+            _customer_choice(view, customers),
+            ui.stack(_alarms(view, customers), notice, spec.build(view)),
+        )
     except DataError as error:
         return [_environment(services)], [], ui.html(ui.problem(error.what, error.why, error.next_step))
     except Exception:
@@ -237,6 +241,59 @@ def _header(view: View) -> Any:
 
     pn.state.add_periodic_callback(tick, period=2 * REFRESH_MS)
     return top
+
+
+# What a detector that is degraded means to a person; the rest are detectors of interruptions.
+ALARM_TITLES = {
+    "ending": "Instances that cannot be ended",
+    "launches": "Launches nobody can tell the end of, or that are refused",
+    "never_ready": "Replacements that run and are not seen",
+    "adopt_only": "Nothing is terminated",
+    "lifecycle": "Auto Scaling hooks that cannot be answered",
+}
+
+
+def alarms_html(alarms: list[Alarm], elsewhere: dict[str, int], now: datetime) -> Markup:
+    """Open alarms of the customer shown, and how many other customers have; empty when there is none."""
+    told = [
+        ui.problem(
+            f"{ALARM_TITLES.get(alarm.detector, f'Interruptions are not heard of by {alarm.detector}')}, "
+            f"for {ui.lasted(now - alarm.changed_at)}",
+            alarm.reason,
+            alarm.remedy,
+        )
+        for alarm in alarms
+    ]
+    if elsewhere:
+        names = ", ".join(f"{name} ({open_})" for name, open_ in elsewhere.items())
+        told.append(Markup('<div class="problem" role="alert"><p>Open at other customers: {}</p></div>').format(names))
+    return Markup("").join(told)
+
+
+def _alarms(view: View, customers: list[Customer]) -> Any:
+    """What stands above every page while something bills that we cannot end, find or see, or a detector is deaf."""
+
+    def told() -> Markup:
+        elsewhere: dict[str, int] = {}
+        if view.login.platform_admin:
+            names = {customer.id: customer.name for customer in customers if customer.id != view.customer_id}
+            for alarm in view.data.alarms(None):
+                if alarm.customer_id in names:
+                    name = names[alarm.customer_id]
+                    elsewhere[name] = elsewhere.get(name, 0) + 1
+        return alarms_html(view.data.alarms(view.customer_id), elsewhere, datetime.now(UTC))
+
+    above = ui.html(told())
+    above.visible = bool(above.object)
+
+    def tick() -> None:
+        # The page's own refresh says when nothing can be read; what was told stays.
+        with suppress(DataError):
+            ui.put(above, told())
+            above.visible = bool(above.object)
+
+    pn.state.add_periodic_callback(tick, period=REFRESH_MS)
+    return above
 
 
 def _customer_choice(view: View, customers: list[Customer]) -> list[Any]:

@@ -8,7 +8,7 @@ person of the same customer has just opened costs no query.
 from __future__ import annotations
 
 from dashboards.data.cost import HOURS_PER_MONTH, CostData, CostHour, LiveCost, project, saved_share
-from dashboards.data.customers import Customer, CustomerData
+from dashboards.data.customers import Alarm, Customer, CustomerData
 from dashboards.data.gaps import GapData
 from dashboards.data.interruptions import InterruptionData, InterruptionRow, PoolRate, rate
 from dashboards.data.nodes import NodeData
@@ -19,6 +19,7 @@ from dashboards.data.source import DataError, LakeMissing
 __all__ = [
     "HOURS_PER_MONTH",
     "MAX_POINTS",
+    "Alarm",
     "CostHour",
     "Customer",
     "Data",

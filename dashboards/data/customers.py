@@ -26,6 +26,18 @@ class Freshness:
     complete_until: datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """What a person has to look at: ``detector`` names the kind, ``reason`` what and what it costs, ``remedy`` what to
+    do; since ``changed_at``."""
+
+    customer_id: UUID
+    detector: str
+    reason: str
+    remedy: str
+    changed_at: datetime
+
+
 class CustomerData(Source):
     """Reads of the frame around every page."""
 
@@ -39,6 +51,15 @@ class CustomerData(Source):
             return [Customer(row["id"], row["company_name"]) for row in rows]
 
         return self._cache.get(("customers",), LIVE_SECONDS, read)
+
+    def alarms(self, customer_id: UUID | None) -> list[Alarm]:
+        """Open alarms of one customer, or of all for the platform; those that cost money first, then the oldest."""
+
+        def read() -> list[Alarm]:
+            rows = self._rows(customer_id, ALARMS_SQL, customer_id=customer_id)
+            return [Alarm(**row) for row in rows]
+
+        return self._cache.get((str(customer_id), "alarms"), LIVE_SECONDS, read)
 
     def freshness(self, customer_id: UUID) -> Freshness:
         """What the pages read now; a lake without a release is an empty one, not an error."""
@@ -66,3 +87,12 @@ class CustomerData(Source):
             return {row["cluster_name"]: row["id"] for row in rows}
 
         return self._cache.get((str(customer_id), "clusters"), LIVE_SECONDS, read)
+
+
+ALARMS_SQL = """
+    SELECT h.customer_id, h.detector, coalesce(h.reason, '') AS reason, coalesce(h.remedy, '') AS remedy, h.changed_at
+    FROM intake_health h JOIN customers m ON m.id = h.customer_id
+    WHERE h.state = 'degraded' AND m.status <> 'offboarded'
+      AND (CAST(:customer_id AS uuid) IS NULL OR h.customer_id = :customer_id)
+    ORDER BY h.detector IN ('ending', 'launches', 'never_ready') DESC, h.changed_at, h.detector, h.customer_id
+"""

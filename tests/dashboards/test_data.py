@@ -135,6 +135,7 @@ def test_no_read_of_one_customer_shows_another(data: Data, seeded: Seeded) -> No
         data.savings_export(second.id, day - timedelta(days=30), day).to_pylist(),
         data.statements(second.id),
         data.freshness(second.id),
+        data.alarms(second.id),
         data.price_movers(second.id, region, 7),
     ]
     foreign = {str(first.id), *map(str, first.clusters.values()), *first.clusters}

@@ -184,6 +184,33 @@ def test_a_cost_that_moves_is_seen_without_a_reload(tab: Tab, seeded: Seeded) ->
     assert tab.page.evaluate("window.sameDocument") is True
 
 
+def test_an_open_alarm_stands_above_every_page_until_it_is_over(tab: Tab, seeded: Seeded) -> None:
+    reason = "i-0123456789abcdef0 (orphan, 0.0960 USD/h) is to end since 2026-11-01 10:00 UTC and still bills"
+    db = SyncDatabase(seeded.database_url)
+    told = """
+        INSERT INTO intake_health (customer_id, detector, state, reason, remedy, changed_at)
+        VALUES (:id, 'ending', 'degraded', :reason, 'Lift the protection of <b>it</b>.', now() - interval '3 hours')
+    """
+    with db.system() as conn:
+        conn.execute(text(told), {"id": seeded.world.first.id, "reason": reason})
+        conn.execute(text(told), {"id": seeded.world.second.id, "reason": "i-0fedcba9876543210 bills"})
+    try:
+        for path in ("/cost", "/interruptions"):
+            tab.open(path)
+            tab.see("Instances that cannot be ended")
+            alarm = tab.page.locator(".problem").first.inner_text()
+            assert reason in alarm
+            assert "for 3 h" in alarm
+            assert "Lift the protection of <b>it</b>." in alarm
+            assert "i-0fedcba9876543210" not in alarm
+            tab.see(f"Open at other customers: {seeded.world.second.name} (1)")
+    finally:
+        with db.system() as conn:
+            conn.execute(text("UPDATE intake_health SET state = 'ok', reason = NULL WHERE detector = 'ending'"))
+        db.close()
+    tab.page.get_by_text("Instances that cannot be ended").wait_for(state="detached", timeout=PATIENCE_MS)
+
+
 def test_dark_is_kept_on_the_next_page(tab: Tab) -> None:
     tab.open("/cost")
     tab.page.get_by_label("Toggle theme").click()
