@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +14,13 @@ from deltalake import DeltaTable
 
 from warehouse.lake.delta import delta_arrow_schema
 from warehouse.lake.errors import LakeError
+from warehouse.lake.pruning import Days
 from warehouse.lake.store import Lake
 from warehouse.lake.tables import TableSpec, duckdb_type
 
 # Reader features of Delta that do not change what a Parquet file holds.
 HARMLESS_FEATURES = frozenset({"timestampNtz", "vacuumProtocolCheck", "v2Checkpoint"})
+_DAY_IN_PATH = re.compile(r"/day=(\d{4}-\d\d-\d\d)/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,19 @@ class Plan:
     @property
     def uris(self) -> list[str]:
         return [uri for group in self.groups for uri in group.uris]
+
+    def within(self, days: Days) -> Plan:
+        """The same table, of these days' files only."""
+        first, last = days.first.isoformat(), days.last.isoformat()
+        groups = []
+        for group in self.groups:
+            # A file whose path tells no day is read, whatever it holds.
+            uris = tuple(
+                uri for uri in group.uris if not (day := _DAY_IN_PATH.search(uri)) or first <= day.group(1) <= last
+            )
+            if uris:
+                groups.append(Files(uris, group.columns))
+        return replace(self, groups=tuple(groups))
 
 
 def quoted_name(identifier: str) -> str:

@@ -34,6 +34,7 @@ import pyarrow as pa
 
 from warehouse.lake.errors import LakeError, LakeQueryError, TenantScopeError
 from warehouse.lake.plans import Plan, beneath, plan_table, quoted_name, quoted_text, scoped, select_files
+from warehouse.lake.pruning import DAY, Days, days_read
 from warehouse.lake.releases import Release
 from warehouse.lake.staging import batches
 from warehouse.lake.storage import refuse_forked_child
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 # Releases whose views stay planned; a dashboard page pins one for a few minutes.
 PLANNED_RELEASES = 8
+# Tables of so few files are read through the views that all queries share.
+FEW_FILES = 64
 # What unqualified names mean: every row, one customer's rows, only what belongs to nobody.
 SCOPES = ("all", "tenant", "shared")
 
@@ -133,8 +136,12 @@ class LakeReader:
         return self.lake.tables.get(table)
 
     @contextmanager
-    def cursor(self, release: Release, scope: str, customer_id: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
+    def cursor(
+        self, release: Release, scope: str, customer_id: str | None, days: Mapping[str, Days] | None = None
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
         """A DuckDB cursor whose unqualified names are the release's tables in one scope (all, tenant, shared).
+
+        ``days``: what will be read of some of them; they need not show the rest.
 
         Raises:
             LakeError: the release's files cannot be opened.
@@ -147,6 +154,7 @@ class LakeReader:
             with ExitStack() as opened:
                 try:
                     cursor = self._open(release, plans, scope, opened)
+                    self._narrow(cursor, plans, scope, days or {})
                     cursor.execute("SET VARIABLE customer_id = $c", {"c": customer_id})
                 except duckdb.Error as error:
                     raise LakeError(
@@ -173,6 +181,20 @@ class LakeReader:
         cursor = opened.enter_context(closing(self._db.cursor()))
         cursor.execute(f"USE {scope}_{release.id}")
         return cursor
+
+    def _narrow(
+        self, cursor: duckdb.DuckDBPyConnection, plans: Mapping[str, Plan], scope: str, days: Mapping[str, Days]
+    ) -> None:
+        """Hide long tables behind temporary views of the days that are read, which only this cursor sees."""
+        if self.lake.storage.remote:
+            return  # Arrow leaves out files by itself
+        for table, read in days.items():
+            plan = plans.get(table)
+            if plan is None or DAY not in plan.partition_by or len(plan.uris) <= FEW_FILES:
+                continue
+            base = f"({select_files(plan.within(read))})"
+            if select := scoped(self.spec(table), plan.schema, base).get(scope):
+                cursor.execute(f"CREATE TEMPORARY VIEW {quoted_name(table)} AS {select}")
 
     def _prepare(self, release: Release, plans: Mapping[str, Plan]) -> None:
         """Views of the release in three schemas; tables whose version another release planned are shared.
@@ -363,7 +385,8 @@ class Snapshot:
             raise LakeQueryError(f"parameter {', '.join(unused)} is given, but the query does not name it")
         used = {name: given[name] for name in names}
         scope = "all" if all_customers else "tenant" if customer_id is not None else "shared"
-        with self.reader.cursor(self.release, scope, given.get("customer_id")) as cursor:
+        days = days_read(reading.mentions, used)
+        with self.reader.cursor(self.release, scope, given.get("customer_id"), days) as cursor:
             for name, data in (inputs or {}).items():
                 if name in self.release.versions:
                     raise LakeQueryError(f"input {name!r} would hide the lake table of that name; call it otherwise")

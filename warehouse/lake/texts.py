@@ -13,6 +13,7 @@ import duckdb
 import msgspec
 
 from warehouse.lake.errors import LakeQueryError
+from warehouse.lake.pruning import Mention, mentions
 
 # Nodes of a parsed query that only read. DuckDB 2 parses COPY and INSERT inside WITH and still calls it a SELECT.
 READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
@@ -43,11 +44,12 @@ KEPT_TEXTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A text that only reads, its parameters, and a table in it that is named with a schema."""
+    """A text that only reads, its parameters, a table in it that is named with a schema, and how it mentions tables."""
 
     statement: str
     parameters: frozenset[str]
     qualified: str | None
+    mentions: Mapping[str, tuple[Mention, ...]]
 
 
 def reading_statement(sql: str) -> tuple[str, set[str]]:
@@ -78,19 +80,16 @@ def parsed(sql: str) -> Reading:
         raise LakeQueryError(
             f"only reading is allowed here (SELECT, WITH, FROM, VALUES, DESCRIBE, SUMMARIZE), not {statement.type.name}"
         )
-    qualified = _refuse_writing(statement.query)
-    return Reading(statement.query, frozenset(statement.named_parameters), qualified)
+    tree = _tree(statement.query)
+    qualified = _refuse_writing(tree)
+    return Reading(statement.query, frozenset(statement.named_parameters), qualified, mentions(tree))
 
 
 # One instance only parses: it sees no file and no table.
 _PARSER = threading.local()
 
 
-def _refuse_writing(sql: str) -> str | None:
-    """Refuse what hides inside a SELECT: DuckDB 2 runs ``WITH x AS (COPY … TO 'file') SELECT …`` as one.
-
-    Returns a table that is named with a schema or catalog, if there is one.
-    """
+def _tree(sql: str) -> dict[str, Any]:
     if not hasattr(_PARSER, "db"):
         _PARSER.db = duckdb.connect(":memory:", config={"enable_external_access": False, "threads": 1})
     tree = msgspec.json.decode(_PARSER.db.execute("SELECT json_serialize_sql($sql)", {"sql": sql}).fetchall()[0][0])
@@ -98,6 +97,14 @@ def _refuse_writing(sql: str) -> str | None:
         raise LakeQueryError(
             f"only plain reading statements are allowed here: {tree.get('error_message', 'not a SELECT')}"
         )
+    return tree
+
+
+def _refuse_writing(tree: dict[str, Any]) -> str | None:
+    """Refuse what hides inside a SELECT: DuckDB 2 runs ``WITH x AS (COPY … TO 'file') SELECT …`` as one.
+
+    Returns a table that is named with a schema or catalog, if there is one.
+    """
     qualified: str | None = None
     stack: list[Any] = [tree]
     while stack:
