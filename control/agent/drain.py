@@ -13,6 +13,8 @@ from warehouse.contracts import TaskStatus
 
 # The report has to reach the server before the deadline: stop this long before it.
 REPORT_MARGIN = timedelta(seconds=3)
+# Of a task that comes later than that, what pods do not get: the time to free their names and to report.
+LAST_SECOND = 1.0
 # With force_at_deadline, budgets are overruled this long before the deadline so that pods still get time to end.
 FORCE_LEAD = timedelta(seconds=15)
 # A drain without a deadline gives up after this long.
@@ -124,10 +126,14 @@ class Drain:
         force = bool(self.parameters.get("force_at_deadline"))
         if now >= stop_at:
             if force and not all(_uid(pod) in self.forced for pod in pods):
+                grace = int((deadline - now).total_seconds() - LAST_SECOND)
                 for pod in pods:  # the instance is about to vanish: free the names so that controllers start anew
-                    cluster.delete_pod(pod, 0)
-                    self.forced.add(_uid(pod))
-                return Again(0.2)
+                    asked = bool(pod["metadata"].get("deletionTimestamp"))
+                    cluster.delete_pod(pod, 0 if asked else max(0, grace))
+                    if asked or grace <= 0:
+                        self.forced.add(_uid(pod))
+                # Who was asked only now, because the task came so late, gets what is left.
+                return Again(0.2 if all(_uid(pod) in self.forced for pod in pods) else float(grace))
             return self._out_of_time(pods, now)
         left = (stop_at - now).total_seconds()
         for pod in sorted(pods, key=_order):

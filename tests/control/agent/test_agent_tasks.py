@@ -150,6 +150,18 @@ def test_pods_never_get_more_grace_than_is_left(world: World) -> None:
     assert 30 <= pod.metadata.deletion_grace_period_seconds <= 37
 
 
+def test_a_drain_that_comes_with_seconds_left_lets_pods_end_by_themselves(world: World) -> None:
+    instance = world.add_node("n1")
+    world.deploy("web", 1)
+    world.call(world.kubelets.stop)  # a pod deleted with a grace stays, one deleted without is gone at once
+    world.start_agent()
+    eventually(lambda: world.server.polls)
+    task = world.server.add("drain_node", 2.9, node_name="n1", instance_id=instance, force_at_deadline=True)
+    (pod,) = eventually(lambda: [p for p in world.pods("web", node="n1") if p.metadata.deletion_timestamp], 3)
+    assert pod.metadata.deletion_grace_period_seconds == 1
+    assert (world.server.ended(task, 5).status, world.pods("web", node="n1")) == ("done", [])
+
+
 def test_cordon_uncordon_labels_and_delete(world: World) -> None:
     instance = world.add_node("n1")
     world.deploy("web", 1)
