@@ -129,8 +129,8 @@ class Batch:
                 )
                 for signal in said.get(row.id, ())
             ]
-            # The sharpest first: it decides, the others add what they know.
-            for event in sorted(signals, key=lambda event: -STRENGTH.get(event.kind, 0)):
+            # The sharpest first: it decides, the others add what they know, in the order they were said.
+            for event in sorted(signals, key=lambda event: (-STRENGTH.get(event.kind, 0), event.occurred_at)):
                 decision = decide(event, row.instance_id, node, self.policies, self.now)
                 if decision.act is Act.INTERRUPT:
                     self.drafts.merge(draft, event, decision, node, row.detected_by[0])

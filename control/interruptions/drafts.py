@@ -18,7 +18,7 @@ from control.interruptions import drafts_repository, merging, pools, repository
 from control.interruptions.drains import drain_task, grace_seconds
 from control.interruptions.merging import Known, Merged
 from control.interruptions.parsing import ParsedEvent
-from control.interruptions.policies import Decision, NodeFacts
+from control.interruptions.policies import Decision, NodeFacts, maintenance_launch_at
 from control.interruptions.repository import InterruptionRow
 from warehouse.contracts import EventKind
 from warehouse.postgres.models import new_id
@@ -45,6 +45,8 @@ class Draft:
     launch: dict[str, Any] | None = None
     act_at: datetime | None = None
     hastens_to: datetime | None = None
+    postponed: bool = False
+    postponed_from: datetime | None = None
     drain_may_retry: bool = False
     shortened: bool = False
     matched: bool = False
@@ -175,6 +177,10 @@ class Drafts:
         draft.drain_may_retry = draft.drain_may_retry or effects.drain_may_retry
         if effects.hastens_to:
             draft.hastens_to = min(draft.hastens_to or effects.hastens_to, effects.hastens_to)
+        if effects.postpones:
+            draft.postponed = True
+            if effects.act_at:
+                draft.postponed_from = min(draft.postponed_from or effects.act_at, effects.act_at)
         if node is None or event is None:
             return
         if effects.drains:
@@ -289,6 +295,7 @@ class Drafts:
             conn,
             [{"interruption_id": draft.id, "at": draft.hastens_to} for draft in drafts if draft.hastens_to],
         )
+        await drafts_repository.postpone_launches(conn, [self._later(draft) for draft in drafts if draft.postponed])
         await repository.release_waiting(conn, self.customer_id, self.matched, outcome="handled", reason=None)
         await repository.add_penalties(
             conn,
@@ -303,6 +310,15 @@ class Drafts:
             "interruption_id": draft.id,
             "deadline_at": known.deadline_at,
             "grace_seconds": grace_seconds(known.deadline_at, known.action, now=self.now),
+        }
+
+    def _later(self, draft: Draft) -> dict[str, Any]:
+        ends_at = draft.known.deadline_at
+        return {
+            "interruption_id": draft.id,
+            "was_at": draft.postponed_from,
+            "at": maintenance_launch_at(ends_at),
+            "deadline_at": ends_at + LAUNCH_WINDOW,
         }
 
     def _intent(self, draft: Draft) -> dict[str, Any]:

@@ -179,3 +179,22 @@ async def hasten_launches(conn: AsyncConnection, rows: Sequence[Mapping[str, Any
     """Replacements planned for later are wanted at the moment ``at``."""
     if rows:
         await conn.execute(_HASTEN, {"rows": to_json(rows)})
+
+
+_POSTPONE = text("""
+    UPDATE launch_intents l SET deadline_at = greatest(l.deadline_at, r.deadline_at),
+        next_action_at = CASE
+            WHEN l.state = 'planned' AND l.next_action_at >= r.was_at
+                 AND NOT EXISTS (SELECT FROM launch_attempts a WHERE a.intent_id = l.id)
+            THEN r.at ELSE l.next_action_at END
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r
+        (interruption_id uuid, was_at timestamptz, at timestamptz, deadline_at timestamptz)
+    WHERE l.interruption_id = r.interruption_id AND l.state NOT IN ('ready', 'exhausted', 'cancelled')
+""")
+
+
+async def postpone_launches(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replacements have until the new day; those planned for the day that was said before, or a later one, and not
+    begun, are launched for the new one."""
+    if rows:
+        await conn.execute(_POSTPONE, {"rows": to_json(rows)})

@@ -10,12 +10,20 @@ A signal is never lost: it begins an interruption, sharpens the one under way, o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from control.interruptions.parsing import ParsedEvent
-from control.interruptions.policies import NOTICE, SOFT_KINDS, Decision, NodeFacts
+from control.interruptions.policies import (
+    NOTICE,
+    SOFT_KINDS,
+    Decision,
+    NodeFacts,
+    maintenance,
+    maintenance_deadline,
+    maintenance_launch_at,
+)
 from warehouse.contracts import EventKind, InterruptionAction
 
 # A signal this long after a notice may be what the notice announced. EC2 leaves two minutes, queues add some.
@@ -38,11 +46,22 @@ TAKES_CAPACITY = frozenset({EventKind.SPOT_INTERRUPTION, EventKind.INSTANCE_STAT
 
 
 @dataclass(frozen=True, slots=True)
+class Word:
+    """What was said last of one maintenance. Only where AWS names it is a later day another word about the same, which
+    ``may_postpone`` it."""
+
+    maintenance: str
+    said_at: datetime
+    ends_at: datetime
+    may_postpone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """An interruption, as far as later signals depend on it.
 
     ``notice_at`` is the notice of ``kind``, the sharpest signal so far; ``first_notice_at`` the first word about it,
-    where that was another one.
+    where that was another one. ``words`` are read from what was said, not kept with the interruption.
     """
 
     key: str
@@ -59,6 +78,7 @@ class Known:
     reason: str | None = None
     gone_at: datetime | None = None
     closed_at: datetime | None = None
+    words: tuple[Word, ...] = field(default=(), compare=False)
 
     @property
     def soft(self) -> bool:
@@ -81,7 +101,8 @@ class Effects:
     ``begins``: it is under way now, which is told. ``drains``: a drain of its node, now. ``drain_may_retry``: a drain
     that failed does not stand in the way of another. ``launches``: a replacement, from ``act_at`` on (None: at once).
     ``hastens_to``: a replacement planned for later is wanted at this moment. ``shortens``: a drain that is under way
-    has less time. ``took_capacity``: its pool is to blame.
+    has less time. ``postpones``: it has more; a replacement planned for ``act_at`` or later is wanted for the new day.
+    ``took_capacity``: its pool is to blame.
     """
 
     begins: bool = False
@@ -92,6 +113,7 @@ class Effects:
     act_at: datetime | None = None
     hastens_to: datetime | None = None
     shortens: bool = False
+    postpones: bool = False
     took_capacity: bool = False
 
 
@@ -157,8 +179,10 @@ def _is_news(one: Known, event: ParsedEvent, now: datetime) -> bool:
     if one.closed_at is None or event.occurred_at <= one.closed_at:
         return False
     # A maintenance is told of many times, before and after it; only one still to come, of a node that was not drained
-    # for it, is worth another try.
-    return event.starts_at is None or (event.starts_at > now and not _drained(one))
+    # for it or that was drained for an earlier day, is worth another try.
+    return event.starts_at is None or (
+        event.starts_at > now and (not _drained(one) or event.starts_at > one.deadline_at)
+    )
 
 
 def _dealt_with(one: Known, event: ParsedEvent, decision: Decision, now: datetime) -> bool:
@@ -203,6 +227,7 @@ def begin(
         detected_by=(label,),
         drain_pending=decision.drain_after_launch,
         gone_at=now if decision.gone else None,
+        words=words_with((), event, now),
     )
     note = Note("detected", {"by": label, "flags": sorted(event.flags)})
     return Merged(one, (note,), _started(event, decision, node) if node else Effects())
@@ -239,7 +264,8 @@ def merge(
     if decision.gone and known.gone_at is None:
         known, notes = replace(known, gone_at=now), (*notes, Note("instance_gone", {"by": label}))
     heard = hear(known, label)
-    return Merged(heard.known, (*notes, *heard.notes), merged.effects)
+    words = words_with(one.words, event, now)
+    return Merged(replace(heard.known, words=words), (*notes, *heard.notes), merged.effects)
 
 
 def hear(one: Known, label: str) -> Merged:
@@ -256,17 +282,18 @@ def _waiting(
     sharper = STRENGTH[event.kind] > STRENGTH[one.kind]
     if node is not None and STRENGTH[event.kind] >= STRENGTH[one.kind]:
         taken = _taken_over(one, event, decision) if sharper else one
-        assert decision.deadline_at is not None
+        ends = _end_said(one, event, decision, now)
         opened = replace(
             taken,
             state="open",
             outcome=None,
             reason=None,
             closed_at=None,
-            deadline_at=decision.deadline_at,
+            deadline_at=ends,
             drain_pending=decision.drain_after_launch,
         )
-        effects = replace(_started(event, decision, node), matched=True)
+        started = _started(event, decision, node)
+        effects = replace(started, matched=True, act_at=started.act_at and maintenance_launch_at(ends))
         return Merged(opened, (Note("matched", {"by": label}),), effects)
     # Nobody's still; or a duller word, and the loop that matches knows the sharper ones.
     notes: list[Note] = []
@@ -283,8 +310,10 @@ def _waiting(
 
 def _sharpen(one: Known, event: ParsedEvent, decision: Decision, node: NodeFacts, label: str, now: datetime) -> Merged:
     """A signal about an interruption under way: a recommendation first, then the warning, or the other way round."""
-    assert decision.deadline_at is not None
+    ends = _end_said(one, event, decision, now)
     sharper = STRENGTH[event.kind] > STRENGTH[one.kind]
+    # Only while its drain is still to come: what was begun goes on.
+    postponed = one.kind is EventKind.SCHEDULED_CHANGE and one.drain_pending and _postponed(one, event, now)
     rumour = event.kind is EventKind.REBALANCE_RECOMMENDATION and one.kind is EventKind.SCHEDULED_CHANGE
     changed = _taken_over(one, event, decision) if sharper else one
     drains = decision.wants_drain and node.node_name is not None and (sharper or one.drain_pending)
@@ -293,10 +322,11 @@ def _sharpen(one: Known, event: ParsedEvent, decision: Decision, node: NodeFacts
         changed = replace(changed, drain_pending=waits)
     if sharper and one.soft and event.kind in SOFT_KINDS:
         # A recommendation has no end of its own; an announced one has, be it later.
-        changed = replace(changed, deadline_at=decision.deadline_at)
+        changed = replace(changed, deadline_at=ends)
     elif not decision.gone and (drains or not rumour):
-        changed = replace(changed, deadline_at=min(one.deadline_at, decision.deadline_at))
+        changed = replace(changed, deadline_at=ends if postponed else min(one.deadline_at, ends))
     earlier = changed.deadline_at < one.deadline_at
+    later = postponed and changed.deadline_at > one.deadline_at
     hastens = decision.wants_launch and (
         # A replacement planned for the day of a maintenance is wanted now, or a maintenance is earlier than was said.
         (sharper and decision.act_at is None) or (rumour and one.drain_pending) or (earlier and one.soft)
@@ -306,6 +336,9 @@ def _sharpen(one: Known, event: ParsedEvent, decision: Decision, node: NodeFacts
         drain_may_retry=drains or waits,
         hastens_to=(decision.act_at or now) if hastens else None,
         shortens=earlier,
+        postpones=later,
+        # Failing hardware's replacement is not put off.
+        act_at=maintenance_launch_at(one.deadline_at) if later and decision.act_at else None,
         took_capacity=_takes_capacity(event, node) and one.kind not in TAKES_CAPACITY,
     )
     if sharper:
@@ -314,6 +347,38 @@ def _sharpen(one: Known, event: ParsedEvent, decision: Decision, node: NodeFacts
         return Merged(one, (), effects)
     moved = {"deadline_at": changed.deadline_at} if changed.deadline_at != one.deadline_at else {}
     return Merged(changed, (Note("deadline_moved" if moved else "drain_begun", {"by": label} | moved),), effects)
+
+
+# --- what was said of maintenances ------------------------------------------------------------------------------
+
+
+def words_with(words: tuple[Word, ...], event: ParsedEvent, now: datetime) -> tuple[Word, ...]:
+    """The last words about an instance's maintenances after one more event, whatever it is about. A late copy of an
+    earlier word takes nothing back, and of two said at once the one that leaves less time counts."""
+    if event.kind is not EventKind.SCHEDULED_CHANGE:
+        return words
+    name, named = maintenance(event)
+    word = Word(name, event.occurred_at, maintenance_deadline(event.starts_at, now), may_postpone=named)
+    known = next((one for one in words if one.maintenance == name), None)
+    if known is not None:
+        if word.may_postpone and word.said_at < known.said_at:
+            word = known
+        elif not word.may_postpone or word.said_at == known.said_at:
+            word = replace(word, ends_at=min(word.ends_at, known.ends_at))
+    return (*(one for one in words if one is not known), word)
+
+
+def _end_said(one: Known, event: ParsedEvent, decision: Decision, now: datetime) -> datetime:
+    """When it ends by a signal's word; of several maintenances, by the first one's."""
+    if event.kind is EventKind.SCHEDULED_CHANGE:
+        return min(word.ends_at for word in words_with(one.words, event, now))
+    assert decision.deadline_at is not None
+    return decision.deadline_at
+
+
+def _postponed(one: Known, event: ParsedEvent, now: datetime) -> bool:
+    before = {word.maintenance: word.ends_at for word in one.words}
+    return any(word.ends_at > before.get(word.maintenance, word.ends_at) for word in words_with(one.words, event, now))
 
 
 def _taken_over(one: Known, event: ParsedEvent, decision: Decision) -> Known:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -31,6 +32,9 @@ MAINTENANCE_LEAD = timedelta(minutes=30)
 URGENT_CODES = ("RETIREMENT", "DEGRADED", "IMPAIRED", "INSTANCE_STOP", "POWER_MAINTENANCE")
 # An agent reports every 30 s; a node it saw this recently is alive whatever an old message says.
 SEEN_RECENTLY = timedelta(seconds=90)
+
+# The last part of an AWS Health event's ARN, as AWS makes them; another one is no key.
+_EVENT_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,128}\Z")
 
 # A storm may take hundreds of nodes within a minute and each wants its replacement; beyond this somebody should look.
 DEFAULT_LAUNCHES_PER_HOUR = 1000
@@ -177,13 +181,35 @@ def decide(
 
 def interruption_key(event: ParsedEvent, instance_id: str, action: InterruptionAction) -> str:
     """An instance is terminated once, whoever tells us; it can be stopped or hibernated again. A recommendation, or a
-    maintenance of a certain moment, is not its end: the end may be announced after it."""
+    maintenance, is not its end: the end may be announced after it. A maintenance keeps its key when it is postponed, as
+    far as AWS names it."""
     if event.kind in SOFT_KINDS:
-        moment = f"@{event.starts_at:%Y-%m-%dT%H:%MZ}" if event.starts_at else ""
-        return f"{instance_id}@{event.kind.value}{moment}"
+        return f"{instance_id}@{event.kind.value}{maintenance(event)[0]}"
     if action is InterruptionAction.TERMINATE:
         return instance_id
     return f"{instance_id}@{event.occurred_at:%Y-%m-%dT%H:%MZ}"
+
+
+def maintenance(event: ParsedEvent) -> tuple[str, bool]:
+    """What tells a maintenance from others of its instance, and whether that is AWS's name for it: the AWS Health
+    event, else its moment."""
+    if event.starts_at is None:
+        return "", False
+    arn = event.detail.get("eventArn")
+    name = arn.rpartition("/")[2] if isinstance(arn, str) else ""
+    if _EVENT_NAME.match(name):
+        return f"@{name}", True
+    return f"@{event.starts_at:%Y-%m-%dT%H:%MZ}", False
+
+
+def maintenance_deadline(starts_at: datetime | None, now: datetime) -> datetime:
+    """When a drain for a maintenance must be over."""
+    return max(starts_at or now, now) + REBALANCE_LEAD
+
+
+def maintenance_launch_at(deadline_at: datetime) -> datetime:
+    """When the replacement for a maintenance with this deadline is launched."""
+    return deadline_at - REBALANCE_LEAD - MAINTENANCE_LEAD
 
 
 def _nobodys(event: ParsedEvent, instance_id: str, now: datetime) -> Decision:
@@ -228,7 +254,7 @@ def _deadline(event: ParsedEvent, action: InterruptionAction, now: datetime) -> 
         case EventKind.ASG_TERMINATE:
             return max(event.occurred_at, now) + LIFECYCLE_LEAD
         case EventKind.SCHEDULED_CHANGE:
-            return max(event.starts_at or now, now) + REBALANCE_LEAD
+            return maintenance_deadline(event.starts_at, now)
         case _ if action is InterruptionAction.HIBERNATE:
             return event.occurred_at + HIBERNATION_LEAD
         case _:

@@ -18,7 +18,8 @@ import msgspec
 from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control.interruptions.merging import Known
+from control.interruptions.merging import Known, Word, words_with
+from control.interruptions.parsing import remembered
 from control.interruptions.policies import NodeFacts
 from warehouse.contracts import EventKind, InterruptionAction
 
@@ -139,6 +140,14 @@ def _preference(facts: NodeFacts, customer_id: UUID) -> tuple[bool, bool]:
     return facts.customer_id == customer_id, facts.terminated_at is None
 
 
+class Said(msgspec.Struct):
+    """An event as it is kept; of its payload, what was asked for."""
+
+    occurred_at: datetime
+    received_at: datetime
+    payload: dict[str, Any]
+
+
 @dataclass(slots=True)
 class InterruptionRow:
     """An interruption under a row lock."""
@@ -164,6 +173,8 @@ class InterruptionRow:
     reason: str | None
     closed_at: datetime | None
     version: int
+    # What was said of its instance's maintenances, where that was read.
+    said: list[Said] | None = None
 
     def known(self) -> Known:
         """What later signals depend on."""
@@ -182,7 +193,24 @@ class InterruptionRow:
             reason=self.reason,
             gone_at=self.instance_gone_at,
             closed_at=self.closed_at,
+            words=self._words(),
         )
+
+    def _words(self) -> tuple[Word, ...]:
+        words: tuple[Word, ...] = ()
+        for said in self.said or ():
+            event = remembered(
+                EventKind.SCHEDULED_CHANGE,
+                self.instance_id,
+                action=InterruptionAction.TERMINATE,
+                region=self.region,
+                account_id=self.account_id,
+                occurred_at=said.occurred_at,
+                received_at=said.received_at,
+                detail=said.payload,
+            )
+            words = words_with(words, event, said.received_at)
+        return words
 
 
 _COLUMNS = """id, customer_id, cluster_id, instance_id, interruption_key, state, outcome, kind, instance_action,
@@ -211,7 +239,14 @@ _CONTEXT = text(f"""
     )
     SELECT CAST(jsonb_build_object(
         'nodes', (SELECT coalesce(jsonb_agg(to_jsonb(n)), '[]') FROM nodes_found n),
-        'locked', (SELECT coalesce(jsonb_agg(to_jsonb(l)), '[]') FROM locked l),
+        'locked', (SELECT coalesce(jsonb_agg(to_jsonb(l) || jsonb_build_object('said', (
+            SELECT jsonb_agg(jsonb_build_object(
+                'occurred_at', e.occurred_at, 'received_at', e.received_at,
+                'payload', jsonb_build_object('eventArn', e.payload -> 'eventArn',
+                                              'startTime', e.payload -> 'startTime')) ORDER BY e.received_at, e.id)
+            FROM spot_events e
+            WHERE l.kind = 'scheduled_change' AND l.state <> 'closed'
+              AND e.interruption_id = l.id AND e.event_type = 'scheduled_change'))), '[]') FROM locked l),
         'earlier', (SELECT coalesce(jsonb_agg(to_jsonb(e)), '[]') FROM earlier e),
         'known', (SELECT coalesce(jsonb_agg(jsonb_build_array(k.source, k.dedupe_key)), '[]') FROM known k)
     ) AS text)

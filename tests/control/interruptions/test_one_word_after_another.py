@@ -233,6 +233,86 @@ async def test_a_maintenance_of_next_week_drains_nothing_today(stage: Stage, lau
     assert await closing.begin_waiting_drains(launcher.runtime) == 1
 
 
+def maintenance(stage: Stage, *instances: str, start: datetime, said_at: datetime, name: str) -> dict[str, Any]:
+    """What AWS Health says of a maintenance; its words of one share the name."""
+    code = "AWS_EC2_SYSTEM_MAINTENANCE_EVENT"
+    detail = {
+        "eventArn": f"arn:aws:health:{stage.tenant.region}::event/EC2/{code}/{code}_{name}",
+        "service": "EC2",
+        "eventTypeCategory": "scheduledChange",
+        "eventTypeCode": code,
+        "startTime": f"{start:%a, %d %b %Y %H:%M:%S} GMT",
+        "affectedEntities": [{"entityValue": instance} for instance in instances],
+    }
+    return stage.tenant.event("AWS Health Event", detail, source="aws.health", time=f"{said_at:%Y-%m-%dT%H:%M:%SZ}")
+
+
+async def test_a_maintenance_that_is_postponed_is_prepared_for_its_new_day(stage: Stage, launcher: Launcher) -> None:
+    await stage.pause()
+    tenant = stage.tenant
+    (instance,) = await stage.launch_nodes()
+    now = datetime.now(UTC).replace(microsecond=0)
+    day, hour = timedelta(days=1), timedelta(hours=1)
+
+    async def planned() -> tuple[timedelta, timedelta, timedelta]:
+        (row,) = await stage.interruptions()
+        (intent,) = await tenant.rows("SELECT next_action_at, deadline_at FROM launch_intents")
+        assert (row.state, row.drain_pending) == ("open", True)
+        return (
+            row.deadline_at - timedelta(minutes=15) - now,
+            intent.next_action_at + timedelta(minutes=30) - now,
+            intent.deadline_at - timedelta(minutes=30) - now,
+        )
+
+    first = maintenance(stage, instance, start=now + day, said_at=now - 10 * timedelta(minutes=1), name="a")
+    await told(stage, first)
+    assert await planned() == (day, day, day)
+    # Said again, later: it is postponed. A late copy of what was said first takes nothing back.
+    await told(stage, maintenance(stage, instance, start=now + 7 * day, said_at=now, name="a"))
+    assert await planned() == (7 * day, 7 * day, 7 * day)
+    await told(stage, first | {"id": "by-another-bus"})
+    assert await planned() == (7 * day, 7 * day, 7 * day)
+    assert [row.event for row in await tenant.rows("SELECT event FROM interruption_history ORDER BY version")] == [
+        "detected",
+        "deadline_moved",
+    ]
+    # Another one that comes first is not put off by it.
+    await told(stage, maintenance(stage, instance, start=now + 2 * day, said_at=now, name="b"))
+    assert (await planned())[:2] == (2 * day, 2 * day)
+    await told(stage, maintenance(stage, instance, start=now + 9 * day, said_at=now + timedelta(minutes=1), name="a"))
+    assert (await planned())[:2] == (2 * day, 2 * day)
+
+    # What has begun goes on: its drain, or the end that was announced meanwhile.
+    await tenant.rows("UPDATE interruptions SET deadline_at = now() + interval '14 minutes' RETURNING 1")
+    await closing.begin_waiting_drains(launcher.runtime)
+    (begun,) = await stage.interruptions()
+    await told(stage, maintenance(stage, instance, start=now + 20 * day, said_at=now + timedelta(minutes=2), name="b"))
+    (row,) = await stage.interruptions()
+    assert (row.deadline_at, row.drain_pending) == (begun.deadline_at, False)
+    await told(stage, tenant.warning(instance))
+    (warned,) = await stage.interruptions()
+    await told(stage, maintenance(stage, instance, start=now + 30 * day, said_at=now + timedelta(minutes=3), name="b"))
+    (row,) = await stage.interruptions()
+    assert row.deadline_at == warned.deadline_at < now + hour
+
+
+async def test_a_postponement_of_a_node_that_registers_late_counts(stage: Stage, launcher: Launcher) -> None:
+    await stage.pause()
+    late = "i-0aaaabbbbcccc0004"
+    now = datetime.now(UTC).replace(microsecond=0)
+    day = timedelta(days=1)
+    words = [(day, -2, "a"), (7 * day, 0, "a"), (day, -1, "a")]
+    for after, minutes, name in words:
+        said_at = now + timedelta(minutes=minutes)
+        await told(stage, maintenance(stage, late, start=now + after, said_at=said_at, name=name))
+    await stage.tenant.node(late)
+    assert await closing.settle_unmatched(launcher.runtime) == 1
+    (row,) = await stage.interruptions()
+    (intent,) = await stage.tenant.rows("SELECT next_action_at FROM launch_intents")
+    assert row.deadline_at == now + 7 * day + timedelta(minutes=15)
+    assert intent.next_action_at == now + 7 * day - timedelta(minutes=30)
+
+
 async def test_a_warning_that_launches_first_drains_a_node_its_recommendation_had_kept(
     stage: Stage, launcher: Launcher
 ) -> None:

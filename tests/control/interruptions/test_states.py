@@ -16,7 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from control.interruptions import merging, states
 from control.interruptions.merging import Effects, Known
 from control.interruptions.parsing import ParsedEvent
-from control.interruptions.policies import SOFT_KINDS, Act, Decision, NodeFacts, Policy, decide
+from control.interruptions.policies import (
+    SOFT_KINDS,
+    Act,
+    Decision,
+    NodeFacts,
+    Policy,
+    decide,
+    maintenance_launch_at,
+)
 from control.interruptions.states import (
     DRAIN_ENDED,
     LAUNCH_ENDED,
@@ -280,6 +288,7 @@ class SignalMachine(RuleBasedStateMachine):
         self.gone = False
         self.registered = registered
         self.hard: dict[int, datetime] = {}
+        self.heard: list[list[tuple[ParsedEvent, datetime]]] = []
 
     def node(self) -> NodeFacts | None:
         if not self.registered:
@@ -304,11 +313,13 @@ class SignalMachine(RuleBasedStateMachine):
             index = len(self.known)
             self.known.append(merged.known)
             self.branches.append(Branch())
+            self.heard.append([])
             assert merged.known.state == ("open" if node else "unmatched")
         else:
             merged = merging.merge(before, event, decision, node, label, self.now)
             self.known[index] = merged.known
             assert bool(merged.notes) == (merged.known != before), "a change without a line in the history"
+        self.heard[index].append((event, self.now))
         self.do(index, merged.effects)
         # The same again, by whomever and at once, changes nothing but names.
         assert merging.owner(self.known, event, decision, self.now) == index
@@ -324,6 +335,10 @@ class SignalMachine(RuleBasedStateMachine):
             branch.launch, branch.launch_at = IntentState.PLANNED, effects.act_at or self.now
         if effects.hastens_to and branch.launch is IntentState.PLANNED:
             branch.launch_at = min(branch.launch_at, effects.hastens_to)
+        if effects.postpones:
+            assert self.known[index].kind is EventKind.SCHEDULED_CHANGE, "an announced end was put off"
+            if branch.launch is IntentState.PLANNED and effects.act_at and branch.launch_at >= effects.act_at:
+                branch.launch_at = maintenance_launch_at(self.known[index].deadline_at)
         if effects.drain_may_retry and branch.drain in ("failed", "expired"):
             branch.drain = None
         if effects.drains and branch.drain is None:
@@ -357,7 +372,8 @@ class SignalMachine(RuleBasedStateMachine):
         if event.kind not in SOFT_KINDS:
             return False
         if event.starts_at is not None:
-            return drained or event.starts_at <= self.now or event.occurred_at <= one.closed_at
+            for_it = drained and event.starts_at <= one.deadline_at
+            return for_it or event.starts_at <= self.now or event.occurred_at <= one.closed_at
         return event.occurred_at <= one.closed_at
 
     @rule(
@@ -368,6 +384,7 @@ class SignalMachine(RuleBasedStateMachine):
         state=st.sampled_from(["stopping", "shutting-down", "terminated"]),
         label=st.sampled_from(["sqs", "agent", "poll"]),
         exact=st.booleans(),
+        name=st.sampled_from([None, "a", "a", "b"]),
     )
     def signal(
         self,
@@ -378,6 +395,7 @@ class SignalMachine(RuleBasedStateMachine):
         state: str,
         label: str,
         exact: bool,
+        name: str | None = None,
     ) -> None:
         """Any signal, now or as old as a queue may make it."""
         if self.gone and kind is not EventKind.INSTANCE_STATE_CHANGE:
@@ -396,6 +414,7 @@ class SignalMachine(RuleBasedStateMachine):
             starts_at=self.now + starts if starts and kind is EventKind.SCHEDULED_CHANGE else None,
             exact_deadline=self.now + timedelta(seconds=90) if warned and exact else None,
             flags=frozenset({"stale"} if age > 900 else ()),
+            detail={"eventArn": f"arn:aws:health:us-east-1::event/EC2/CODE/{name}"} if name else {},
         )
         self.sent.append(event)
         self.tell(event, label)
@@ -519,6 +538,24 @@ class SignalMachine(RuleBasedStateMachine):
                 self.hard[index] = one.deadline_at
 
     @invariant()
+    def a_maintenance_is_prepared_for_the_day_that_was_said_last(self) -> None:
+        """Of each; of several, for the first. One without a name is never put off."""
+        for one, heard in zip(self.known, self.heard, strict=True):
+            if one.state != "open" or one.kind is not EventKind.SCHEDULED_CHANGE or not one.drain_pending:
+                continue
+            last: dict[Any, tuple[datetime, datetime]] = {}
+            for number, (event, at) in enumerate(heard):
+                if event.kind is not EventKind.SCHEDULED_CHANGE:
+                    continue
+                ends = max(event.starts_at or at, at) + timedelta(minutes=15)
+                named = event.detail.get("eventArn") if event.starts_at else None
+                said, known = last.get(named or number, (event.occurred_at, ends))
+                if event.occurred_at > said or (event.occurred_at == said and ends < known):
+                    said, known = event.occurred_at, ends
+                last[named or number] = said, known
+            assert one.deadline_at == min(ends for _, ends in last.values())
+
+    @invariant()
     def an_announced_end_has_its_drain_decided(self) -> None:
         for one, branch in zip(self.known, self.branches, strict=True):
             if one.state == "open" and not one.soft and one.gone_at is None and not self.gone:
@@ -552,6 +589,7 @@ class Walk(SignalMachine):
         self.one_is_under_way_at_a_time()
         self.keys_are_unique()
         self.the_end_of_a_hard_one_only_comes_nearer()
+        self.a_maintenance_is_prepared_for_the_day_that_was_said_last()
         self.an_announced_end_has_its_drain_decided()
         self.the_first_word_is_kept()
 

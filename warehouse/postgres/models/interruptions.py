@@ -92,7 +92,8 @@ class Interruption(HasId, HasCreatedAt, Base):
     """One interruption of one instance, whoever told us; one of an instance is under way at a time.
 
     ``interruption_key`` is the instance id for ``terminate``, the instance id and the notice's minute for ``stop`` and
-    ``hibernate``, which can recur. Recommendations and maintenances carry their kind, from the second on with ``#2``.
+    ``hibernate``, which can recur. Recommendations and maintenances carry their kind, maintenances also the name AWS
+    gives them (else their minute), from the second on with ``#2``.
     ``notice_at`` is the notice of ``kind``, the sharpest signal; ``first_notice_at`` the first word about it where that
     was another.
     """
