@@ -8,12 +8,12 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from control.agents import service
-from control.agents.schemas import EventsAnswer, MetricsAnswer, ResultAnswer
+from control.agents.schemas import Events, EventsAnswer, MetricsAnswer, ResultAnswer
 from control.context import Context
 from control.errors import UnsupportedMedia
 from control.security.access import AGENTS, require
 from control.security.principal import Principal
-from warehouse.contracts import AgentEvents, TaskList, TaskResult
+from warehouse.contracts import TaskList, TaskResult
 
 router = APIRouter(prefix="/client", tags=["agents"])
 
@@ -93,9 +93,12 @@ async def post_metrics(request: Request, principal: Agent, context: Context) -> 
 
 
 @router.post("/events")
-async def post_events(body: AgentEvents, principal: Agent, context: Context) -> EventsAnswer:
+async def post_events(body: Events, principal: Agent, context: Context) -> EventsAnswer:
     """Hand in events seen on nodes: interruption notices, rebalance recommendations, state changes."""
-    ingested = await service.take_events(context, principal, body)
+    ingested, rejected = await service.take_events(context, principal, body)
     return EventsAnswer(
-        accepted=ingested.new, duplicate=ingested.duplicates, interruptions=sorted(ingested.interruptions)
+        accepted=ingested.new,
+        duplicate=ingested.duplicates,
+        rejected=rejected,
+        interruptions=sorted(ingested.interruptions),
     )

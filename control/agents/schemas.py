@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from warehouse.contracts import OptimizationTask, TaskResult, TaskType
+from warehouse.contracts import AgentEvent, OptimizationTask, TaskResult, TaskType
 from warehouse.contracts import UtcDatetime as Utc
 
 
@@ -40,11 +40,33 @@ class MetricsAnswer(BaseModel):
     warnings: list[str]
 
 
+class Events(BaseModel):
+    """What agents report: AgentEvents, but one event that is none does not refuse its neighbours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cluster_id: UUID
+    events: Annotated[
+        list[Annotated[AgentEvent | Any, Field(union_mode="left_to_right")]],
+        Field(
+            max_length=1000, description="AgentEvent each; what is none is kept in quarantine and listed as rejected"
+        ),
+    ]
+
+
+class RejectedEvent(BaseModel):
+    """An event that is none by the contract, by its place in the body. It is kept in quarantine."""
+
+    index: int
+    reason: str
+
+
 class EventsAnswer(BaseModel):
-    """Events, after their commit. ``duplicate`` ones were known already."""
+    """Events, after their commit: ``accepted`` were new, ``duplicate`` known. ``rejected`` ones are among them."""
 
     accepted: int
     duplicate: int
+    rejected: list[RejectedEvent]
     interruptions: list[UUID]
 
 

@@ -10,13 +10,14 @@ from uuid import UUID
 
 from control.agents import repository, samples
 from control.agents.repository import ReportOutcome
+from control.agents.schemas import Events, RejectedEvent
 from control.context import AppContext
 from control.errors import Conflict, Invalid, NotFound
 from control.interruptions.service import Ingested, UnknownCustomer
-from control.interruptions.taking import accept_agent_events
+from control.interruptions.taking import accept_agent_events, why_no_event
 from control.observability import TASK_REPORTS, TASKS_LEASED
 from control.security.principal import Principal
-from warehouse.contracts import TASK_TYPE_ALIASES, AgentEvents, OptimizationTask, TaskResult, TaskType
+from warehouse.contracts import TASK_TYPE_ALIASES, OptimizationTask, TaskResult, TaskType
 
 MAX_WAIT_SECONDS = 25.0
 SEEN_EVERY_SECONDS = 15.0
@@ -195,8 +196,9 @@ async def take_metrics(context: AppContext, principal: Principal, body: bytes) -
     return await context.ingest.commit(batch)
 
 
-async def take_events(context: AppContext, principal: Principal, body: AgentEvents) -> Ingested:
-    """Hand what an agent saw on its nodes to the interruption path, on its reserved connections.
+async def take_events(context: AppContext, principal: Principal, body: Events) -> tuple[Ingested, list[RejectedEvent]]:
+    """Hand what an agent saw on its nodes to the interruption path, on its reserved connections; also says which are
+    set aside, because they are no events.
 
     Raises:
         NotFound: another cluster's id, or a deleted cluster.
@@ -208,7 +210,7 @@ async def take_events(context: AppContext, principal: Principal, body: AgentEven
     if region is None:
         raise NotFound("cluster")
     try:
-        return await accept_agent_events(
+        ingested = await accept_agent_events(
             context.intake_db,
             context.bells,
             customer_id=customer_id,
@@ -218,3 +220,5 @@ async def take_events(context: AppContext, principal: Principal, body: AgentEven
         )
     except UnknownCustomer:
         raise NotFound("customer") from None
+    reasons = ((index, why_no_event(event)) for index, event in enumerate(body.events))
+    return ingested, [RejectedEvent(index=index, reason=reason) for index, reason in reasons if reason]

@@ -12,9 +12,11 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 
 from control.bus.bells import Bells
@@ -164,9 +166,9 @@ async def accept_agent_events(
     customer_id: UUID,
     cluster_id: UUID,
     region: str,
-    events: Sequence[AgentEvent],
+    events: Sequence[Any],
 ) -> Ingested:
-    """Take in what an agent saw on its nodes. The cluster is the key's, the contract has validated the rest.
+    """Take in what an agent saw on its nodes. The cluster is the key's; what is no event by the contract is set aside.
 
     Raises:
         UnknownCustomer: no customer has this id.
@@ -177,16 +179,33 @@ async def accept_agent_events(
     if facts is None:
         raise UnknownCustomer(f"no customer {customer_id}")
     now = db.now()
-    messages: list[Message] = [
-        (
-            Received(_body(cluster_id, event), EventSource.AGENT, cluster_id=cluster_id),
-            partial(from_agent, event, region=region, account_id=facts.account_id, received_at=now),
-        )
-        for event in events
-    ]
+    messages: list[Message] = []
+    for event in events:
+        message = Received(_body(cluster_id, event), EventSource.AGENT, cluster_id=cluster_id)
+        judge: Callable[[], Outcome] = partial(_no_event, event, message)
+        if isinstance(event, AgentEvent):
+            judge = partial(from_agent, event, region=region, account_id=facts.account_id, received_at=now)
+        messages.append((message, judge))
     return await take_in(db, bells, facts, messages, now=now)
 
 
-def _body(cluster_id: UUID, event: AgentEvent) -> str:
+def why_no_event(event: Any) -> str | None:
+    """Why something is no event of an agent, by the contract and without what it holds; None for one that is."""
+    if isinstance(event, AgentEvent):
+        return None
+    try:
+        AgentEvent.model_validate(event)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        return f"{'.'.join(str(part)[:60] for part in first['loc']) or 'event'}: {first['msg'][:300]}"
+    return None
+
+
+def _no_event(event: Any, message: Received) -> Quarantine:
+    return Quarantine("unreadable_notice", why_no_event(event) or "", body_digest(message.body))
+
+
+def _body(cluster_id: UUID, event: Any) -> str:
     """One event as its agent might have sent it. In ASCII, because a detail may hold what no encoding takes."""
-    return json.dumps({"cluster_id": str(cluster_id), "events": [event.model_dump()]}, default=str)
+    content = event.model_dump() if isinstance(event, AgentEvent) else event
+    return json.dumps({"cluster_id": str(cluster_id), "events": [content]}, default=str)

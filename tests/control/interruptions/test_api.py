@@ -208,17 +208,6 @@ async def test_a_notice_the_database_fails_on_does_not_hold_up_its_neighbours(
 
 async def test_agents_tell_what_they_can_know(api: Api, keys: Keys, customer: Tenant) -> None:
     node = await customer.node()
-    unknowable = (
-        "asg_terminate_lifecycle",
-        "asg_launch_lifecycle",
-        "launch_unsuccessful",
-        "scheduled_change",
-        "capacity_reservation_interruption",
-    )
-    for kind in unknowable:
-        answer = await _notify(api, keys, _notice(node), _notice(node, event_type=kind))
-        assert answer.status_code == 422, kind
-        assert [error["field"] for error in answer.json()["errors"]] == ["body.events.1.event_type"]
     # Known and valid, but no end of an instance.
     for state in ("running", "pending", "", None, 7):
         notice = _notice(node, event_type="instance_state_change", detail={"state": state})
@@ -227,6 +216,44 @@ async def test_agents_tell_what_they_can_know(api: Api, keys: Keys, customer: Te
     for kind, detail in (("rebalance_recommendation", {}), ("instance_state_change", {"state": "shutting-down"})):
         assert (await _notify(api, keys, _notice(node, event_type=kind, detail=detail))).is_success, kind
     assert await _drained_nodes(customer) == {node}
+
+
+async def test_a_notice_that_is_none_is_set_aside_and_its_neighbours_are_taken_in(
+    api: Api, keys: Keys, customer: Tenant
+) -> None:
+    """An agent sends what it has together, and again until it is told 2xx: one of them must not cost the others."""
+    nodes = [await customer.node() for _ in range(2)]
+    bad = {
+        "asg_terminate_lifecycle": "event_type: ",
+        "asg_launch_lifecycle": "event_type: ",
+        "launch_unsuccessful": "event_type: ",
+        "scheduled_change": "event_type: ",
+        "capacity_reservation_interruption": "event_type: ",
+        "of_next_year": "event_type: ",
+    }
+    notices = [_notice(nodes[0], event_type=kind) for kind in bad]
+    others = [_notice("../x"), _notice(nodes[0], secret="s3cr3t-value"), None, 7, [], {}]
+    reasons = [*bad.values(), "instance_id: ", "secret: ", "event: ", "event: ", "event: ", "event_type: "]
+    sent = [_notice(nodes[0]), *notices, *others, _notice(nodes[1])]
+    for new in (len(sent), 0):
+        answer = await _notify(api, keys, *sent)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert (told["accepted"], told["duplicate"]) == (new, len(sent) - new)
+        assert [one["index"] for one in told["rejected"]] == list(range(1, len(sent) - 1))
+        assert all(one["reason"].startswith(reason) for one, reason in zip(told["rejected"], reasons, strict=True))
+        assert "s3cr3t" not in answer.text
+    assert await _drained_nodes(customer) == set(nodes)
+    kept = await _quarantined(api, keys)
+    assert sorted(message["reason"] for message in kept) == sorted(
+        f"unreadable_notice: {one['reason']}" for one in told["rejected"]
+    )
+    assert {json.loads(message["body"])["events"][0] is None for message in kept} == {True, False}
+    replayed = await api.ok("POST", f"/quarantine/{kept[0]['id']}/replay", keys.admin_key)
+    assert (replayed["outcome"], replayed["interruptions"]) == ("quarantined", [])
+    # What is no body of events at all is the sender's mistake.
+    refused = await api.call("POST", "/client/events", keys.agent_key, json={"events": [_notice(nodes[0])]})
+    assert refused.status_code == 422
 
 
 async def test_a_timeline_counts_from_the_warning_and_keeps_the_recommendation_before_it(
