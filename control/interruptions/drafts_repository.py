@@ -13,11 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control.interruptions.repository import insert_rows, to_json
 
 
-def _insertion(table: str, columns: str, parameter: str, order: str, conflict: str = "") -> str:
+def _insertion(table: str, columns: str, parameter: str, order: str, conflict: str = "", where: str = "true") -> str:
     return (
         f"INSERT INTO {table} ({columns}) SELECT {columns} "
-        f"FROM jsonb_populate_recordset(CAST(NULL AS {table}), CAST(:{parameter} AS jsonb)) ORDER BY {order}"
-        + (f" ON CONFLICT {conflict}" if conflict else "")
+        f"FROM jsonb_populate_recordset(CAST(NULL AS {table}), CAST(:{parameter} AS jsonb)) WHERE {where} "
+        f"ORDER BY {order}" + (f" ON CONFLICT {conflict}" if conflict else "")
     )
 
 
@@ -31,7 +31,8 @@ _EVENT_COLUMNS = """id, customer_id, cluster_id, event_type, instance_id, receiv
 _INTENT_COLUMNS = "id, customer_id, cluster_id, interruption_id, requirements, state, deadline_at, next_action_at"
 
 # One statement for all that a batch writes: a batch costs the same round trips whatever it holds. The counts tell
-# whether somebody else wrote one of the rows in the meantime, or began another interruption of an instance.
+# whether somebody else wrote one of the rows in the meantime, or began another interruption of an instance; what refers
+# to an interruption that was not written is not written either, so that giving way is no error to Postgres.
 _WRITE = text(f"""
     WITH inbox AS (
         {
@@ -48,7 +49,7 @@ _WRITE = text(f"""
         "region, interruption_key",
         "DO NOTHING",
     )
-} RETURNING 1
+} RETURNING id
     ), changed AS (
         UPDATE interruptions i SET
             cluster_id = coalesce(r.cluster_id, i.cluster_id),
@@ -62,7 +63,9 @@ _WRITE = text(f"""
             version = r.version
         FROM jsonb_populate_recordset(CAST(NULL AS interruptions), CAST(:changed AS jsonb)) r
         WHERE i.id = r.id AND i.version = r.version - 1
-        RETURNING 1
+        RETURNING i.id
+    ), written AS (
+        SELECT id FROM fresh UNION ALL SELECT id FROM changed
     ), told AS (
         {
     _insertion(
@@ -70,12 +73,18 @@ _WRITE = text(f"""
         "customer_id, interruption_id, version, at, event, state, detail",
         "history",
         "interruption_id, version",
+        where="interruption_id IN (SELECT id FROM written)",
     )
 }
     ), intents AS (
         {
     _insertion(
-        "launch_intents", _INTENT_COLUMNS, "intents", "interruption_id", "(customer_id, interruption_id) DO NOTHING"
+        "launch_intents",
+        _INTENT_COLUMNS,
+        "intents",
+        "interruption_id",
+        "(customer_id, interruption_id) DO NOTHING",
+        where="interruption_id IN (SELECT id FROM written)",
     )
 }
     ), events AS (

@@ -32,9 +32,8 @@ log = structlog.get_logger(__name__)
 FACTS_SECONDS = 5.0
 # Characters parsed without a pause: a customer's large bodies must not hold up the others of this process.
 PARSED_AT_ONCE = 256 * 1024
-# Two batches may still meet on one row; Postgres picks the victim, which starts again. A history row whose
-# interruption somebody else inserted first shows as a foreign key violation, a second one under way of an instance as
-# a unique violation.
+# Two batches may still meet on one row; Postgres picks the victim, which starts again. A cluster that was deleted since
+# it was read shows as a foreign key violation, a key that another writer gave away as a unique violation.
 RETRIES = 5
 RETRIED_STATES = {"40001", "40P01", "23503", "23505"}
 

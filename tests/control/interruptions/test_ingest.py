@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from sqlalchemy import event, text
+
 from control.agents.repository import lease_tasks
 from control.interruptions.parsing import Outcome
 from control.interruptions.reconcilers.missed import ending
@@ -20,6 +22,8 @@ from tests.control.interruptions.tenants import Tenant
 from warehouse.contracts import AgentEvent, EventKind, EventSource, InterruptionAction
 from warehouse.postgres.models import new_id
 from warehouse.postgres.session import Database
+
+FAR_AHEAD = datetime.now(UTC) + timedelta(days=7)
 
 
 def sqs(document: dict[str, Any] | str) -> Received:
@@ -93,6 +97,51 @@ async def test_any_number_of_deliveries_to_three_consumers_make_one_set(db: Data
                (SELECT count(*) FROM launch_intents WHERE customer_id = :customer_id) AS intents,
                (SELECT count(*) FROM inbox_messages WHERE customer_id = :customer_id) AS inbox""")
     assert tuple(counts) == (40, 40, 40, 40, 40), f"seed {seed}"
+
+
+async def test_detectors_that_hear_of_an_instance_at_once_write_it_once_and_without_an_error(
+    db: Database, tenant: Tenant
+) -> None:
+    """Both have read that there is nothing yet before either writes: the second gives way, and Postgres sees no error
+    (its log is an operator's)."""
+    facts = await tenant.facts()
+    errors: list[str] = []
+    event.listen(db.engine.sync_engine, "handle_error", lambda context: errors.append(str(context.original_exception)))
+
+    async def at_once(*batches: list[Received]) -> None:
+        async with db.system() as gate:
+            # Taken by whoever is about to write, not by whoever reads.
+            await gate.execute(text("RESET ROLE"))
+            await gate.execute(text("LOCK TABLE inbox_messages IN SHARE ROW EXCLUSIVE MODE"))
+            writers = [asyncio.create_task(ingest(db, facts, batch)) for batch in batches]
+            waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'inbox_messages'::regclass AND NOT granted"
+            while (await gate.execute(text(waiting))).scalar_one() < len(batches):
+                pass
+        await asyncio.gather(*writers)
+
+    def pushed(document: dict[str, Any]) -> Received:
+        return Received(json.dumps(document), EventSource.PUSH)
+
+    one, two, three, stopped, told_twice = await tenant.nodes(5)
+    unknown = "i-0aaaabbbbcccc0042"
+    warning, maintained = tenant.warning(told_twice), maintenance(tenant, unknown, starts=FAR_AHEAD)
+    await at_once([sqs(tenant.warning(one))], [pushed(tenant.warning(one))], [pushed(tenant.warning(one))])
+    await at_once(
+        [sqs(tenant.warning(two)), sqs(tenant.warning(three))],
+        [pushed(tenant.warning(three)), pushed(tenant.warning(two))],
+    )
+    await at_once([sqs(warning)], [sqs(warning)])
+    # One of an instance is under way, whatever its key.
+    await at_once([sqs(tenant.warning(stopped))], [pushed(tenant.warning(stopped, "stop"))])
+    await at_once([sqs(tenant.warning(unknown))], [pushed(maintained)])
+    assert errors == []
+    found = await tenant.rows("SELECT instance_id, state, version FROM interruptions WHERE customer_id = :customer_id")
+    assert {row.instance_id for row in found} == {one, two, three, stopped, told_twice, unknown}
+    assert len(found) == 6
+    history = await tenant.rows("SELECT version FROM interruption_history WHERE customer_id = :customer_id")
+    assert len(history) == sum(row.version for row in found)
+    for table in ("agent_tasks", "launch_intents"):
+        assert len(await tenant.rows(f"SELECT 1 FROM {table} WHERE customer_id = :customer_id")) == 5
 
 
 async def test_four_signals_of_one_instance_in_all_24_orders_are_one_interruption(db: Database, tenant: Tenant) -> None:
