@@ -136,7 +136,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(_close, context)
         await _until_ready(context)
-        await context.bells.start()
+        context.bells.start()
         await stack.enter_async_context(context.ingest.running())
         await stack.enter_async_context(context.watch.running())
         await stack.enter_async_context(health.broker_running(context))

@@ -135,7 +135,6 @@ class Worker:
 
     async def run(self) -> None:
         """Work until ``stop`` is set."""
-        await self.runtime.bells.start()
         log.info("worker.started", worker=self.runtime.worker, deployment=self.runtime.deployment_id)
         tasks = [asyncio.create_task(self._keep(loop), name=loop.name) for loop in self.loops()]
         tasks.append(asyncio.create_task(self._keep_intake(), name="intake"))

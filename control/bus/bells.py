@@ -105,8 +105,7 @@ class Bells:
     @asynccontextmanager
     async def listen(self, topic: str, *ids: UUID | str) -> AsyncIterator[Bell]:
         """A bell that rings for exactly this topic and these ids until the block ends."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._receive(), name="bells")
+        self.start()
         channel, bell = _channel(topic, *ids), Bell()
         self._listeners.setdefault(channel, set()).add(bell)
         try:
@@ -117,10 +116,13 @@ class Bells:
             if not listeners:
                 del self._listeners[channel]
 
-    async def start(self, timeout: float = 2.0) -> bool:
-        """Subscribe before the first listener comes; True when Redis answered within ``timeout`` seconds."""
+    def start(self) -> None:
+        """Subscribe before the first listener comes. Whether Redis answers is nobody's to wait for."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._receive(), name="bells")
+
+    async def heard(self, timeout: float = 2.0) -> bool:
+        """Whether Redis answered within ``timeout`` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._subscribed.wait()

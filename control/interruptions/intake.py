@@ -452,9 +452,9 @@ class QueueReader:
                 queue_region=self._queue.region,
             )
         self._away, self._refused_since = False, None
-        # Only now, after the commit.
+        # Only now, after the commit; and the next batch waits for neither AWS nor Redis.
         self._start(self._delete([message.receipt_handle for message in batch]), self._finishing)
-        await done.ring(self.runtime.bells)
+        self._start(done.ring(self.runtime.bells), self._finishing)
 
     async def _take_in_one_by_one(self, batch: list[SqsMessage]) -> None:
         """One of them cannot be taken in, whatever is tried: it is set aside, and its neighbours go on."""

@@ -362,7 +362,8 @@ async def stage(
     """A stage with its sandbox and agent running; workers are started by the test. ``values`` are the customer's."""
     db = Database(database_url, pool_size=6, max_overflow=6, pool_timeout=30)
     bells = Bells(redis_url)
-    await bells.start()
+    bells.start()
+    await bells.heard()
     async with SandboxAWS(config) as aws:
         tenant = await create_tenant(db, **values)
         await connect(aws, tenant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -28,6 +29,8 @@ from control.interruptions.runtime import Runtime
 from control.interruptions.service import Facts, Received, ingest
 from control.sandbox.aws.faults import Fault
 from control.security.principal import Principal, Role
+from control.worker import Worker
+from tests.control.api import settings_for
 from tests.control.interruptions.corpus import cases
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
 from tests.control.interruptions.tenants import Tenant, create_tenant, refusing
@@ -503,3 +506,31 @@ async def test_pages_of_quarantine_skip_nothing_of_one_commit(stage: Stage) -> N
     for broken in ("x", "2026-01-01T00:00:00Z~x", "~"):
         with pytest.raises(Invalid):
             await views.list_quarantine(stage.db, caller, customer_id=None, before=broken, limit=3)
+
+
+async def test_a_worker_reads_its_queues_while_redis_is_silent(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis takes connections and says nothing: it is waited for by nobody, at start or between two commits."""
+    keys = stage.aws.credentials()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_access_key)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        worker = Worker(
+            settings_for(
+                stage.database_url,
+                f"redis://127.0.0.1:{silent.getsockname()[1]}/0",
+                AWS_ENDPOINT_URL=stage.aws.url,
+                CLOUDOPTIM_DEPLOYMENT_ID=DEPLOYMENT,
+            )
+        )
+        first, second = await stage.tenant.nodes(2)
+        stage.aws.send_event(stage.queue, stage.tenant.warning(first))
+        started = time.monotonic()
+        running = asyncio.create_task(worker.run())
+        await _drained(stage, stage.tenant, first)
+        assert time.monotonic() - started < 1.9
+        stage.aws.send_event(stage.queue, stage.tenant.warning(second))
+        await _drained(stage, stage.tenant, second)
+        worker.stop.set()
+        await running
