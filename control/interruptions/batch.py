@@ -69,20 +69,28 @@ class Batch:
         earlier = {signals.instance_id: signals for signals in context.earlier}
 
         first: dict[tuple[str, str], tuple[Received, Outcome, Decisions]] = {}
+        fresh: dict[tuple[str, str], dict[str, Any]] = {}
         again: list[dict[str, Any]] = []
+        duplicates: list[str] = []
         labels: dict[tuple[str, str], str] = {}
         for message, outcome in outcomes:
             judged, decisions = self._judge(message, outcome, nodes)
             key = (message.source.value, judged.dedupe_key)
-            if key in first or key in known:
+            if key in known or key in fresh:
+                duplicates.append(message.source.value)
+            if key in known:
                 again.append({"source": key[0], "dedupe_key": key[1], "receive_count": message.receive_count})
                 continue
+            if key in fresh:
+                row = fresh[key]
+                row["receive_count"] = max(row["receive_count"] + 1, message.receive_count)
+                continue
             first[key] = (message, judged, decisions)
-            row, labels[key] = inbox_row(message, judged, decisions, self.facts, self.now)
-            self.inbox.append(row)
+            fresh[key], labels[key] = inbox_row(message, judged, decisions, self.facts, self.now)
+        self.inbox += fresh.values()
         await repository.count_again(conn, customer_id, again)
 
-        done = Ingested(new=len(first), duplicates=len(again))
+        done = Ingested(new=len(first), duplicates=len(duplicates))
         for row in self.inbox:
             key = (row["source"], row["dedupe_key"])
             message, judged, decisions = first[key]
@@ -93,7 +101,7 @@ class Batch:
                 self.lags.append((self.now - judged.occurred_at).total_seconds())
             elif isinstance(judged, Quarantine) and judged.security:
                 self.security.append((judged.reason, judged.detail))
-        self.counts += [(row["source"], "duplicate", "") for row in again]
+        self.counts += [(source, "duplicate", "") for source in duplicates]
         await self._persist(conn)
         done.interruptions = [draft.id for draft in self.drafts.all if draft.new]
         done.clusters, done.launches = self.drafts.clusters, self.drafts.launches

@@ -299,10 +299,16 @@ async def read_context(
 
 
 _SEEN_AGAIN = text("""
+    WITH again AS (
+        SELECT source, dedupe_key, count(*) AS times, max(receive_count) AS most
+        FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS t (source text, dedupe_key text, receive_count integer)
+        GROUP BY source, dedupe_key
+    ), locked AS (
+        SELECT m.source, m.dedupe_key, r.times, r.most FROM inbox_messages m JOIN again r USING (source, dedupe_key)
+        WHERE m.customer_id = :customer_id ORDER BY m.source, m.dedupe_key FOR UPDATE OF m
+    )
     UPDATE inbox_messages m SET receive_count = greatest(m.receive_count + r.times, r.most)
-    FROM (SELECT source, dedupe_key, count(*) AS times, max(receive_count) AS most
-          FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS t (source text, dedupe_key text, receive_count integer)
-          GROUP BY source, dedupe_key) r
+    FROM locked r
     WHERE m.customer_id = :customer_id AND m.source = r.source AND m.dedupe_key = r.dedupe_key
 """)
 

@@ -7,9 +7,11 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from prometheus_client import REGISTRY
 from sqlalchemy import event, text
 
 from control.agents.repository import lease_tasks
@@ -73,6 +75,23 @@ async def test_second_delivery_changes_nothing(db: Database, tenant) -> None:
                (SELECT count(*) FROM spot_events WHERE customer_id = :customer_id) AS events,
                (SELECT receive_count FROM inbox_messages WHERE customer_id = :customer_id) AS received""")
     assert tuple(counts) == (1, 1, 1, 1, 3)
+
+
+async def test_deliveries_that_arrive_together_are_counted_too(db: Database, tenant) -> None:
+    instance = await tenant.node()
+    message = sqs(tenant.warning(instance))
+    facts = await tenant.facts()
+    labels = {"source": "sqs", "outcome": "duplicate"}
+    before = REGISTRY.get_sample_value("cloudoptim_intake_messages_total", labels) or 0
+    counts = []
+    for batch in ([message] * 3, [replace(message, receive_count=7)], [message] * 2):
+        done = await ingest(db, facts, batch)
+        assert (done.new, done.duplicates) == (1 - bool(counts), len(batch) - 1 + bool(counts))
+        row = await tenant.row("SELECT receive_count FROM inbox_messages WHERE customer_id = :customer_id")
+        counts.append(row.receive_count)
+    # SQS counts its own deliveries: what it says may be more than we have seen.
+    assert counts == [3, 7, 9]
+    assert REGISTRY.get_sample_value("cloudoptim_intake_messages_total", labels) == before + 5
 
 
 async def test_any_number_of_deliveries_to_three_consumers_make_one_set(db: Database, tenant) -> None:
