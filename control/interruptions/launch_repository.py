@@ -515,6 +515,38 @@ async def overtaken_intents(conn: AsyncConnection, ids: Sequence[UUID]) -> set[U
     return set((await conn.execute(_OVERTAKEN, {"ids": list(ids)})).scalars())
 
 
+_REPLACED = text("""
+    WITH RECURSIVE lineage AS (
+        SELECT l.id AS intent_id, l.customer_id, l.requirements ->> 'instance_id' AS lost, false AS replaced
+        FROM launch_intents l WHERE l.id = ANY(:ids) AND l.interruption_id IS NOT NULL
+        UNION
+        -- What replaced the lost node, what replaced that, and so on. A return to Spot replaces too.
+        SELECT g.intent_id, g.customer_id, a.instance_id, true
+        FROM lineage g
+        JOIN launch_intents l ON l.customer_id = g.customer_id AND l.requirements ->> 'instance_id' = g.lost
+            AND l.id <> g.intent_id
+        JOIN launch_attempts a ON a.intent_id = l.id AND a.state = 'ready'
+    ), living AS (
+        SELECT g.intent_id, max(n.instance_id) AS instance_id FROM lineage g
+        JOIN nodes n ON n.customer_id = g.customer_id AND n.instance_id = g.lost
+        WHERE g.replaced AND n.status IN ('ready', 'cordoned') AND n.terminated_at IS NULL
+        GROUP BY g.intent_id
+    ), coming AS (
+        SELECT DISTINCT g.intent_id FROM lineage g
+        JOIN launch_intents l ON l.customer_id = g.customer_id AND l.requirements ->> 'instance_id' = g.lost
+        WHERE g.replaced AND l.state IN ('planned', 'launching', 'launched', 'blocked')
+    )
+    SELECT intent_id, living.instance_id FROM living FULL JOIN coming USING (intent_id)
+""")
+
+
+async def replaced_intents(conn: AsyncConnection, ids: Sequence[UUID]) -> dict[UUID, str | None]:
+    """Intents whose lost node was replaced before, each with the replacement that lives; None: that one is being
+    replaced itself. A node that was drained on a recommendation, or stopped, and is taken later, left the cluster its
+    replacement: one lost node, one launch."""
+    return {row.intent_id: row.instance_id for row in await conn.execute(_REPLACED, {"ids": list(ids)})}
+
+
 _NEVER_READY = text("""
     SELECT a.intent_id FROM launch_attempts a
     JOIN launch_batches b ON b.id = a.batch_id

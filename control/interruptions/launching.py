@@ -43,6 +43,7 @@ STOPPED_SECONDS = 10.0
 # Until some node of the cluster can be looked at, or the window closes.
 TEMPLATE_SECONDS = 10.0
 NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launched"
+BEING_REPLACED = "its earlier replacement was lost too, and is being replaced"
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
 # Clusters planned at once: warnings that come in meanwhile must get their turns of the process.
@@ -164,7 +165,9 @@ class Launcher:
             locked = await launch_repository.lock_intents(conn, [intent.id for intent in intents])
             attempts = await launch_repository.attempts_of(conn, list(locked))
             overtaken = await launch_repository.overtaken_intents(conn, list(locked))
+            replaced = await launch_repository.replaced_intents(conn, list(locked))
             planned: list[Planned] = []
+            waiting: list[UUID] = []
             moves = Moves(self.runtime.db.now())
             for claimed in intents:
                 row = locked.get(claimed.id)
@@ -175,6 +178,13 @@ class Launcher:
                 if row.id in overtaken:
                     reason = "its replacement was interrupted too, and is replaced for that interruption"
                     moves.move(row, attempts[row.id], state, Cancel(reason))
+                    continue
+                if row.id in replaced:
+                    replacement = replaced[row.id]
+                    if replacement is None:
+                        waiting.append(row.id)
+                    else:
+                        moves.move(row, attempts[row.id], state, Cancel(f"{replacement} has replaced it already"))
                     continue
                 if state.state is IntentState.BLOCKED:
                     state, _ = apply_launch(state, Unblocked())
@@ -211,6 +221,9 @@ class Launcher:
                 await launch_repository.postpone_intents(
                     conn, ids, worker=self.runtime.worker, seconds=CAPPED_SECONDS, reason=reason
                 )
+            await launch_repository.postpone_intents(
+                conn, waiting, worker=self.runtime.worker, seconds=ROUND_SECONDS, reason=BEING_REPLACED
+            )
         for reason, ids in held.items():
             metrics.ALARMS.labels("launch_cap").inc()
             log.error("launch.capped", customer_id=str(cluster.customer_id), launches=len(ids), reason=reason)

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from control.interruptions import closing
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import deadlines, never_ready, orphans
+from control.interruptions.reconcilers import deadlines, never_ready, orphans, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.service import Ingested, Received, ingest
 from control.interruptions.taking import accept_agent_events
@@ -194,6 +194,52 @@ async def test_a_node_back_from_its_maintenance_is_warned_of_like_any_other(stag
     await told(stage, again)
     _, warned = await stage.interruptions()
     assert (warned.state, warned.kind) == ("open", "spot_interruption")
+
+
+@pytest.mark.parametrize("replacement", ["lives", "was replaced itself", "is gone"])
+async def test_a_node_replaced_on_a_recommendation_and_taken_days_later_has_one_replacement(
+    stage: Stage, launcher: Launcher, replacement: str
+) -> None:
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "drain"})
+    (instance,) = await stage.launch_nodes()
+
+    async def warned(document: dict[str, Any]) -> Any:
+        """The interruption of a signal, once it is closed and days have passed."""
+        await told(stage, document)
+
+        async def closed() -> bool:
+            await launch(launcher)
+            await ready.run_once(launcher.runtime)
+            await closing.close_ended(launcher.runtime)
+            return all(row.state == "closed" for row in await stage.interruptions())
+
+        assert await stage.until(closed, 15)
+        past = "now() - interval '3 days'"
+        await stage.tenant.rows(
+            f"UPDATE interruptions SET notice_at = {past}, received_at = {past}, closed_at = {past} RETURNING 1"
+        )
+        rows = await stage.interruptions()
+        return rows[-1]
+
+    await warned(stage.tenant.rebalance(instance))
+    (first,) = stage.ours(alive=True)
+    if replacement != "lives":
+        await stage.tenant.rows(
+            f"UPDATE nodes SET status = 'terminated', terminated_at = now() "
+            f"WHERE instance_id = '{first.instance_id}' RETURNING 1"
+        )
+        stage.aws.terminate(first.instance_id, reason="Server.SpotInstanceTermination")
+    if replacement == "was replaced itself":
+        await warned(stage.tenant.warning(first.instance_id))
+
+    last = await warned(stage.tenant.warning(instance))
+    assert (last.instance_id, last.outcome) == (instance, "handled")
+    (living,) = stage.ours(alive=True)
+    intent = await stage.tenant.row(f"SELECT state, reason FROM launch_intents WHERE interruption_id = '{last.id}'")
+    if replacement == "is gone":
+        assert intent.state == "ready"
+    else:
+        assert (intent.state, intent.reason) == ("cancelled", f"{living.instance_id} has replaced it already")
 
 
 async def test_an_agent_speaks_for_its_own_cluster_only(stage: Stage) -> None:

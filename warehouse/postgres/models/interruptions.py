@@ -186,6 +186,8 @@ class LaunchIntent(HasId, HasCreatedAt, Base):
             "next_action_at",
             postgresql_where=text("state IN ('planned', 'launching', 'launched', 'blocked')"),
         ),
+        # What replaced an instance before.
+        Index("ix_launch_intents_lost", "customer_id", text("(requirements ->> 'instance_id')")),
     )
 
     customer_id: Mapped[UUID]
