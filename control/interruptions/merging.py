@@ -132,9 +132,14 @@ class Merged:
 def owner(known: Sequence[Known], event: ParsedEvent, decision: Decision, now: datetime) -> int | None:
     """Which of an instance's interruptions a signal belongs to, as its index; None: it is the first word of a new one.
 
-    One under way gets every signal. A closed one gets what repeats it, what it announced, and what it has dealt with;
-    it never swallows news about a node that lives on.
+    One under way gets every signal, but for a late copy of a stop that is over. A closed one gets what repeats it, what
+    it announced, and what it has dealt with; it never swallows news about a node that lives on.
     """
+    if decision.key and decision.action is not InterruptionAction.TERMINATE:
+        # The key carries the minute: what is under way now is about another moment of the instance.
+        over = _newest(known, lambda one: one.key == decision.key and one.state == "closed")
+        if over is not None and known[over].outcome != "unmatched":
+            return over
     under_way = [index for index, one in enumerate(known) if one.state != "closed"]
     if under_way:
         return max(under_way, key=lambda index: STRENGTH[known[index].kind])
@@ -150,7 +155,7 @@ def owner(known: Sequence[Known], event: ParsedEvent, decision: Decision, now: d
         if announced is not None:
             return announced
     same = _newest(known, lambda one: base_key(one.key) == decision.key)
-    if same is not None and not _is_news(known[same], event, now):
+    if same is not None and not _is_news(known[same], event, decision, now):
         return same
     return _newest(known, lambda one: _dealt_with(one, event, decision, now))
 
@@ -172,9 +177,14 @@ def _drained(one: Known) -> bool:
     return one.outcome in ("handled", "handled_late")
 
 
-def _is_news(one: Known, event: ParsedEvent, now: datetime) -> bool:
-    """Whether a soft signal of a closed one's key is another than that one was."""
-    if one.outcome == "unmatched" or not left_alive(one, now):
+def _is_news(one: Known, event: ParsedEvent, decision: Decision, now: datetime) -> bool:
+    """Whether a signal of a closed one's key is another than that one was."""
+    if one.outcome == "unmatched":
+        return False
+    if one.action is not decision.action and event.occurred_at - one.notice_at > COMES_TRUE_WITHIN:
+        # Begun as an end and stopped instead: the instance may be back, and end after all.
+        return True
+    if not left_alive(one, now):
         return False
     if one.closed_at is None or event.occurred_at <= one.closed_at:
         return False

@@ -230,7 +230,8 @@ def _nobodys(event: ParsedEvent, instance_id: str, now: datetime) -> Decision:
 def _state_change(event: ParsedEvent, instance_id: str, node: NodeFacts, gone: bool, now: datetime) -> Decision:
     if node.node_type != "spot":
         return Decision(Act.RECORD, "not a Spot node: whoever ended it meant to")
-    if event.stale and not _seen_since(node, now - SEEN_RECENTLY):
+    if event.stale:
+        # A node that lives came back since, and of one that does not its cluster has long known.
         return Decision(Act.RECORD, "an old state change")
     action = InterruptionAction.STOP if event.state in ("stopping", "stopped") else InterruptionAction.TERMINATE
     return Decision(

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from control.interruptions import merging, states
 from control.interruptions.merging import Effects, Known
-from control.interruptions.parsing import ParsedEvent
+from control.interruptions.parsing import STALE_AFTER, ParsedEvent
 from control.interruptions.policies import (
     SOFT_KINDS,
     Act,
@@ -426,6 +426,8 @@ class SignalMachine(RuleBasedStateMachine):
     def again(self, data: st.DataObject, label: str) -> None:
         """An earlier message under another id: by another detector, or late."""
         event = data.draw(st.sampled_from(self.sent))
+        if self.now - event.occurred_at > STALE_AFTER:
+            event = replace(event, flags=event.flags | {"stale"})
         open_before = sum(one.state != "closed" for one in self.known)
         self.tell(event, label)
         assert sum(one.state != "closed" for one in self.known) <= max(open_before, 1)
@@ -674,6 +676,29 @@ def test_the_same_stop_told_twice_is_one_and_another_one_is_another() -> None:
     walk.now += timedelta(days=30)
     assert walk.hear(WARNING, action=InterruptionAction.STOP).state == "open"
     assert len(walk.known) == 2
+
+
+def test_an_instance_that_was_to_end_and_was_stopped_may_end_another_day() -> None:
+    walk = Walk(Policy.DRAIN)
+    walk.hear(EventKind.ASG_TERMINATE)
+    walk.hear(EventKind.INSTANCE_STATE_CHANGE, state="stopping")
+    walk.time_passes(seconds=3600)
+    assert walk.known[0].state == "closed"
+    warned = walk.hear(WARNING)
+    assert (len(walk.known), warned.state, warned.key) == (2, "open", f"{INSTANCE}#2")
+
+
+def test_a_late_copy_of_a_stop_does_not_turn_what_is_under_way_into_one() -> None:
+    walk = Walk(Policy.DRAIN)
+    stop = walk.hear(WARNING, action=InterruptionAction.STOP)
+    walk.agent_works(end="done")
+    walk.launcher_works(end=IntentState.READY)
+    walk.close()
+    walk.time_passes(seconds=3600)
+    walk.hear(EventKind.ASG_TERMINATE)
+    walk.hear(WARNING, action=InterruptionAction.STOP, age=3600)
+    assert [(one.state, one.kind) for one in walk.known] == [("closed", WARNING), ("open", EventKind.ASG_TERMINATE)]
+    assert walk.known[0].notice_at == stop.notice_at
 
 
 def test_a_node_that_was_never_known_waits_again_when_it_is_told_of_again() -> None:
