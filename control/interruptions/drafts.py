@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -20,11 +20,9 @@ from control.interruptions.merging import Known, Merged
 from control.interruptions.parsing import ParsedEvent
 from control.interruptions.policies import Decision, NodeFacts, maintenance_launch_at
 from control.interruptions.repository import InterruptionRow
+from control.interruptions.states import LAUNCH_WINDOW
 from warehouse.contracts import EventKind
 from warehouse.postgres.models import new_id
-
-# The ladder of a replacement ends this long after the deadline: later, the cluster has helped itself.
-LAUNCH_WINDOW = timedelta(minutes=15)
 
 
 class Raced(Exception):

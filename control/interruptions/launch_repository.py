@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.interruptions import pools
 from control.interruptions.repository import insert_rows, to_json
+from control.interruptions.states import LAUNCH_WINDOW
 
 # A launch worker that dies is replaced after this long and the next look, within 20 s together (RELIABILITY R-08); one
 # that lives says so while it works.
@@ -40,25 +41,35 @@ class IntentRow:
 _INTENT_COLUMNS = """i.id, i.customer_id, i.cluster_id, i.interruption_id, i.requirements, i.state, i.reason,
     i.deadline_at, i.created_at, i.version, i.lease_epoch"""
 
+# After an outage most nodes are gone: the replacement of one that still has its two minutes helps more.
+_MOST_URGENT = "i.deadline_at <= now() + make_interval(secs => :window_seconds), i.deadline_at, i.id"
 _CLAIM_INTENTS = text(f"""
     WITH due AS (
-        SELECT id FROM launch_intents
+        SELECT id FROM launch_intents i
         WHERE state IN ('planned', 'blocked') AND next_action_at <= now()
           AND (lease_until IS NULL OR lease_until <= now())
-        ORDER BY deadline_at LIMIT :limit FOR UPDATE SKIP LOCKED
+        ORDER BY {_MOST_URGENT} LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), claimed AS (
+        UPDATE launch_intents i
+        SET leased_by = :worker, lease_epoch = i.lease_epoch + 1,
+            lease_until = now() + make_interval(secs => :lease_seconds)
+        FROM due WHERE i.id = due.id
+        RETURNING {_INTENT_COLUMNS}
     )
-    UPDATE launch_intents i
-    SET leased_by = :worker, lease_epoch = i.lease_epoch + 1,
-        lease_until = now() + make_interval(secs => :lease_seconds)
-    FROM due WHERE i.id = due.id
-    RETURNING {_INTENT_COLUMNS}
+    SELECT * FROM claimed i ORDER BY {_MOST_URGENT}
 """)
 
 
 async def claim_intents(conn: AsyncConnection, *, worker: str, limit: int) -> list[IntentRow]:
-    """Intents that want an attempt now, leased to this worker, earliest deadline first."""
-    result = await conn.execute(_CLAIM_INTENTS, {"worker": worker, "limit": limit, "lease_seconds": LEASE_SECONDS})
-    return sorted((IntentRow(**row._mapping) for row in result), key=lambda row: (row.deadline_at, row.id))
+    """Intents that want an attempt now, leased to this worker: earliest deadline first, those of nodes that are gone
+    after all others."""
+    values = {
+        "worker": worker,
+        "limit": limit,
+        "lease_seconds": LEASE_SECONDS,
+        "window_seconds": LAUNCH_WINDOW.total_seconds(),
+    }
+    return [IntentRow(**row._mapping) for row in await conn.execute(_CLAIM_INTENTS, values)]
 
 
 _LOCK_INTENTS = text(f"""

@@ -15,6 +15,8 @@ from enum import StrEnum
 MAX_ATTEMPTS = 6
 # A node that registers up to this late is still matched with its warning.
 UNMATCHED_FOR = timedelta(minutes=10)
+# The ladder of a replacement ends this long after the deadline: later, the cluster has helped itself.
+LAUNCH_WINDOW = timedelta(minutes=15)
 # Why an attempt is ended whose node did not become Ready in time.
 NEVER_READY = "never Ready"
 

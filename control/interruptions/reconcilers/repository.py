@@ -72,14 +72,15 @@ _PLACES = text("""
     SELECT DISTINCT ON (c.customer_id, c.region) c.customer_id, c.region, c.id AS cluster_id
     FROM clusters c JOIN customers m ON m.id = c.customer_id
     WHERE m.aws_role_arn IS NOT NULL
-      AND ((m.status IN ('active', 'degraded') AND c.status <> 'deleted') OR (:leaving AND m.status = 'offboarding'))
-    ORDER BY c.customer_id, c.region, c.id
+      AND ((m.status IN ('active', 'degraded') AND c.status <> 'deleted')
+           OR (:leaving AND m.status IN ('active', 'degraded', 'offboarding')))
+    ORDER BY c.customer_id, c.region, c.status = 'deleted', c.id
 """)
 
 
 async def places(conn: AsyncConnection, *, leaving: bool = False) -> list[Place]:
-    """Every account and region with clusters of ours; with ``leaving``, also of customers that are off-boarded and
-    whose instances have not all ended."""
+    """Every account and region with clusters of ours; with ``leaving``, also where all of them were deleted, and of
+    customers that are off-boarded and whose instances have not all ended."""
     return [Place(**row._mapping) for row in await conn.execute(_PLACES, {"leaving": leaving})]
 
 

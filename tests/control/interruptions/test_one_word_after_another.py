@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from control.interruptions import closing
+from control.interruptions import closing, launch_repository
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import deadlines, never_ready, orphans, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
@@ -194,6 +194,22 @@ async def test_a_node_back_from_its_maintenance_is_warned_of_like_any_other(stag
     await told(stage, again)
     _, warned = await stage.interruptions()
     assert (warned.state, warned.kind) == ("open", "spot_interruption")
+
+
+async def test_after_an_outage_nodes_that_still_live_are_replaced_before_those_that_are_gone(stage: Stage) -> None:
+    await stage.pause()
+    left = {"gone": -600, "later": 100, "sooner": 20}
+    instances = dict(zip(left, await stage.launch_nodes(3), strict=True))
+    await stage.tenant.rows("UPDATE nodes SET last_seen_at = now() - interval '10 minutes' RETURNING 1")
+    for name, seconds in left.items():
+        warning = stage.tenant.warning(instances[name])
+        at = datetime.now(UTC) + timedelta(seconds=seconds - 120)
+        await told(stage, warning | {"time": at.strftime("%Y-%m-%dT%H:%M:%SZ")})
+    async with stage.db.system() as conn:
+        claimed = await launch_repository.claim_intents(conn, worker="test", limit=10)
+    assert [intent.requirements["instance_id"] for intent in claimed] == [
+        instances[name] for name in ("sooner", "later", "gone")
+    ]
 
 
 @pytest.mark.parametrize("replacement", ["lives", "was replaced itself", "is gone"])

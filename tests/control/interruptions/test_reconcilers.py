@@ -220,7 +220,10 @@ async def test_a_replacement_that_is_never_ready_is_ended_and_tried_again(stage:
     assert [attempt.state for attempt in attempts] == ["terminated", "launched"]
 
 
-async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(stage: Stage, launcher: Launcher) -> None:
+@pytest.mark.parametrize("cluster", ["active", "deleted"])
+async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(
+    stage: Stage, launcher: Launcher, cluster: str
+) -> None:
     (instance,) = await stage.launch_nodes()
     await _warn(stage, instance)
     await _launch(stage, launcher)
@@ -229,6 +232,7 @@ async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(stag
     foreign = await _our_instance(stage, batch_id=batch.id, tenant=new_id())
     young = await orphans.run_once(launcher)
     assert young == 0, "an instance younger than a minute may have its row under way"
+    await stage.tenant.rows(f"UPDATE clusters SET status = '{cluster}' RETURNING 1")
     _age(stage)
     await stage.tenant.rows("UPDATE round_claims SET claimed_until = now() RETURNING 1")
     assert await orphans.run_once(launcher) == 1
