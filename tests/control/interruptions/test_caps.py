@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from control.gateways.aws import AwsGateway
+from control.interruptions import launch_repository
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Pool
 from control.interruptions.freezing import storm_pause
@@ -22,8 +24,10 @@ from control.sandbox.aws.faults import Fault
 from control.sandbox.aws.server import SandboxConfig
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
 from tests.control.interruptions.harness import stage as open_stage
+from tests.control.interruptions.tenants import Tenant
 from warehouse.contracts import EventSource
 from warehouse.postgres.models import new_id
+from warehouse.postgres.session import Database
 
 
 @pytest.fixture
@@ -174,3 +178,22 @@ async def test_two_hundred_launches_in_a_minute_take_few_calls(
         print(f"\n{len(stage.ours())} instances by {len(ours)} calls, {len(throttled)} throttled")  # noqa: T201
         assert len(stage.ours()) == 200
         assert len(ours) <= 40
+
+
+async def test_one_customers_unanswered_calls_do_not_keep_anothers_waiting(
+    db: Database, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    unanswered = text(
+        "INSERT INTO launch_batches (id, customer_id, cluster_id, region, client_token, request_json, size, state, "
+        "next_action_at) SELECT gen_random_uuid(), :customer_id, :cluster_id, 'us-east-1', gen_random_uuid(), '{}', 1, "
+        "'unknown', now() - make_interval(secs => :age) FROM generate_series(1, :count)"
+    )
+    async with db.system() as conn:
+        for who, count, age in ((tenant, 40, 60), (other_tenant, 1, 1)):
+            values = {"customer_id": who.customer_id, "cluster_id": who.cluster_id, "count": count, "age": age}
+            await conn.execute(unanswered, values)
+        claimed = await launch_repository.claim_batches(conn, worker="w", limit=20)
+        # Nobody is to make these calls.
+        await conn.rollback()
+    assert len(claimed) == 20
+    assert other_tenant.customer_id in {batch.customer_id for batch in claimed}
