@@ -186,10 +186,21 @@ def dashboards() -> None:
     import_module("dashboards.app").main()
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+_OWN_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(add_help_option=False, context_settings=_OWN_FLAGS)
 def agent(context: typer.Context) -> None:
     """The reference agent of one cluster; its own flags are listed by `cloudoptim agent --help`."""
     from control.agent.main import main
+
+    main(context.args)
+
+
+@app.command("node-watch", add_help_option=False, context_settings=_OWN_FLAGS)
+def node_watch(context: typer.Context) -> None:
+    """Reads one node's instance metadata for interruption notices; its own flags: `cloudoptim node-watch --help`."""
+    from control.agent.node_watch import main
 
     main(context.args)
 

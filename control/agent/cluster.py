@@ -18,7 +18,7 @@ from kubernetes import client, config, dynamic
 from kubernetes.watch.watch import iter_resp_lines
 from urllib3.exceptions import HTTPError
 
-from control.agent.config import AgentConfig
+from control.agent.config import ClusterConfig
 
 Object = dict[str, Any]
 
@@ -59,7 +59,7 @@ class EvictionAnswer:
 class Cluster:
     """One cluster's API. Thread-safe: the client's connection pool is shared by all threads."""
 
-    def __init__(self, settings: AgentConfig, *, connections: int = 16) -> None:
+    def __init__(self, settings: ClusterConfig, *, connections: int = 16) -> None:
         configuration: Any = client.Configuration()
         if settings.k8s_endpoint:
             configuration.host = settings.k8s_endpoint
