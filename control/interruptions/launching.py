@@ -43,7 +43,7 @@ STOPPED_SECONDS = 10.0
 # Until some node of the cluster can be looked at, or the window closes.
 TEMPLATE_SECONDS = 10.0
 NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launched"
-BEING_REPLACED = "its earlier replacement was lost too, and is being replaced"
+COMING = "another launch takes its place and is under way"
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
 # Clusters planned at once: warnings that come in meanwhile must get their turns of the process.
@@ -166,6 +166,7 @@ class Launcher:
             attempts = await launch_repository.attempts_of(conn, list(locked))
             overtaken = await launch_repository.overtaken_intents(conn, list(locked))
             replaced = await launch_repository.replaced_intents(conn, list(locked))
+            spare = await launch_repository.spare_intents(conn, list(locked))
             planned: list[Planned] = []
             waiting: list[UUID] = []
             moves = Moves(self.runtime.db.now())
@@ -177,6 +178,10 @@ class Launcher:
                 state = intent_of(row, attempts[row.id])
                 if row.id in overtaken:
                     reason = "its replacement was interrupted too, and is replaced for that interruption"
+                    moves.move(row, attempts[row.id], state, Cancel(reason))
+                    continue
+                if row.id in spare:
+                    reason = f"{spare[row.id]}, which it was to take back to Spot, still lives"
                     moves.move(row, attempts[row.id], state, Cancel(reason))
                     continue
                 if row.id in replaced:
@@ -222,7 +227,7 @@ class Launcher:
                     conn, ids, worker=self.runtime.worker, seconds=CAPPED_SECONDS, reason=reason
                 )
             await launch_repository.postpone_intents(
-                conn, waiting, worker=self.runtime.worker, seconds=ROUND_SECONDS, reason=BEING_REPLACED
+                conn, waiting, worker=self.runtime.worker, seconds=ROUND_SECONDS, reason=COMING
             )
         for reason, ids in held.items():
             metrics.ALARMS.labels("launch_cap").inc()

@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control.interruptions.launch_repository import GOING
 from control.interruptions.repository import to_json
 from control.interruptions.return_rule import PoolRecord, StandIn
 
@@ -235,7 +236,7 @@ _RUNNING = text(f"""
            d.effect_key AS drain_key, t.state AS drain, t.finished_at AS drained_at, s.state = 'running' AS terminating,
            o.id IS NULL OR o.terminated_at IS NOT NULL AS old_gone,
            coalesce(o.status = 'cordoned', false) AS old_cordoned,
-           coalesce(n.status = 'ready' AND n.terminated_at IS NULL, false) AS new_ready,
+           coalesce(n.status = 'ready' AND n.terminated_at IS NULL AND NOT {GOING}, false) AS new_ready,
            {_IN_FLIGHT} AS in_flight, c.kill_switch OR m.kill_switch AS stopped, p.stop_requested_at
     FROM optimization_history p
     JOIN clusters c ON c.id = p.cluster_id

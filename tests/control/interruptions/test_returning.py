@@ -408,6 +408,65 @@ async def test_a_return_that_cannot_drain_uses_its_spot_node_again_and_never_add
     assert await invariants.run_once(launcher.runtime) == 1
 
 
+@pytest.mark.parametrize("at", ["before the drain", "stuck", "terminating"])
+async def test_a_spot_node_lost_while_the_node_it_was_to_replace_lives_is_not_replaced(
+    stage: Stage, launcher: Launcher, at: str
+) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    (spot,) = set(_running(stage)) - {old}
+    if at == "stuck":
+        stage.agent_works = False
+        assert await returning.advance(launcher) == 1
+        await stage.tenant.rows("UPDATE agent_tasks SET state = 'failed' WHERE interruption_id IS NULL RETURNING 1")
+        assert await returning.advance(launcher) == 1
+        stage.agent_works = True
+    if at == "terminating":
+        await _advance_until_drained(stage, launcher)
+        await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+        stage.aws.inject(Fault("throttle", action="TerminateInstances"))
+        assert await returning.advance(launcher) == 1
+
+    facts = await stage.tenant.facts()
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(spot)), EventSource.SQS)])
+    await _launch(stage, launcher)
+    await stage.until(lambda: closing.close_ended(launcher.runtime), 10)
+    stage.aws.terminate(spot, reason="Server.SpotInstanceTermination")
+    await stage.tenant.rows("UPDATE nodes SET terminated_at = now() WHERE instance_id = :i RETURNING 1", i=spot)
+    if at == "terminating":
+        await stage.tenant.rows("UPDATE refused_endings SET next_at = now() RETURNING 1")
+        await _again(stage)
+    await returning.advance(launcher)
+    if at == "terminating":
+        assert old not in _running(stage), "what was begun is brought to its end"
+        assert len(_running(stage)) == 1
+    else:
+        assert list(_running(stage)) == [old], "one node is wanted there, and lives"
+        assert (await _plan(stage)).status in ("rolled_back", "stuck")
+
+
+async def test_both_nodes_of_a_return_lost_at_once_have_one_replacement(stage: Stage, launcher: Launcher) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    both = set(_running(stage))
+    facts = await stage.tenant.facts()
+    for lost in (old, *(both - {old})):
+        await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(lost)), EventSource.SQS)])
+    await _launch(stage, launcher)
+    assert len(set(_running(stage)) - both) == 1
+
+
+async def test_a_node_lost_while_its_return_launches_waits_for_that_launch(stage: Stage, launcher: Launcher) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    facts = await stage.tenant.facts()
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(old)), EventSource.SQS)])
+    await _launch(stage, launcher)
+    assert len(_running(stage)) == 2, "the node that is lost, and one in its place"
+
+
 async def test_an_old_node_that_lost_our_tag_is_never_ended(stage: Stage, launcher: Launcher) -> None:
     old = await _stand_in(stage, launcher)
     await returning.consider(launcher)
