@@ -41,8 +41,8 @@ MAX_SHARE = 0.05
 ROUND_SECONDS = 20.0
 # Describe may not show a young instance yet (C-10); one that was named this long ago and is not shown has ended.
 FORGOTTEN_AFTER = timedelta(minutes=10)
-# An account that refuses us is asked again every hour and told what still bills (C-33). So is EC2, about an instance
-# that is protected: only a person lifts that.
+# An account that refuses us is asked again every hour, after a week every day, and told what still bills (C-33). So is
+# EC2, about an instance that is protected: only a person lifts that.
 DENIED_SECONDS = 3600.0
 _OVER = ("shutting-down", "terminated")
 

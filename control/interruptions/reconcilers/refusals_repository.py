@@ -11,7 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.interruptions.repository import to_json
 
-# Back-off of what may mend itself: 10 s, doubled with every try, ten minutes at most.
+# Back-off of what may mend itself: 10 s, doubled with every try, ten minutes at most. What only a person can mend is
+# asked again as often as its row says, and once a day when nobody has for a week (C-33): it still bills and its alarm
+# stands, but an account that will not have us is not called for ever.
 _REFUSED = text("""
     INSERT INTO refused_endings AS r
         (customer_id, instance_id, cluster_id, region, why, operation, code, message, lasting, next_at)
@@ -23,7 +25,8 @@ _REFUSED = text("""
     ON CONFLICT (customer_id, instance_id) DO UPDATE SET why = excluded.why, operation = excluded.operation,
         code = excluded.code, message = excluded.message, lasting = excluded.lasting, tries = r.tries + 1,
         last_at = now(),
-        next_at = CASE WHEN excluded.lasting THEN excluded.next_at
+        next_at = CASE WHEN excluded.lasting AND r.first_at < now() - interval '7 days' THEN now() + interval '1 day'
+                       WHEN excluded.lasting THEN excluded.next_at
                        ELSE now() + make_interval(secs => least(10.0 * power(2, least(r.tries, 6)), 600.0)) END
 """)
 
