@@ -650,11 +650,14 @@ async def nodes_of(
 
 
 _OVERDUE = text("""
-    SELECT id, reason FROM launch_intents
-    WHERE state IN ('planned', 'blocked') AND deadline_at < now() LIMIT :limit
+    SELECT id, reason FROM launch_intents i
+    WHERE deadline_at < now() AND (state IN ('planned', 'blocked')
+          OR (state = 'launched' AND EXISTS (SELECT FROM launch_attempts a
+                                             WHERE a.intent_id = i.id AND a.state = 'terminating')))
+    LIMIT :limit
 """)
 
 
 async def overdue_intents(conn: AsyncConnection, *, limit: int) -> dict[UUID, str | None]:
-    """Intents whose window closed without an instance, each with what kept it."""
+    """Intents whose window closed without an instance that is wanted, each with what kept it."""
     return {row.id: row.reason for row in await conn.execute(_OVERDUE, {"limit": limit})}

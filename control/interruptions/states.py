@@ -275,7 +275,11 @@ def apply_launch(
             reason = "EC2 never said what became of the launch"
             return replace(left, state=IntentState.EXHAUSTED, reason=reason), [Alarm(reason)]
         case NoCandidate(reason):
-            if intent.state not in (IntentState.PLANNED, IntentState.BLOCKED):
+            # One that is ending and will not end (protected, or its account refuses us) is not waited for.
+            waiting = current is not None and current.state is AttemptState.TERMINATING
+            if intent.state not in (IntentState.PLANNED, IntentState.BLOCKED) and not (
+                waiting and intent.state is IntentState.LAUNCHED
+            ):
                 return intent, []
             return replace(intent, state=IntentState.EXHAUSTED, reason=reason), [Alarm(reason)]
         case Cancel(reason):
@@ -302,7 +306,7 @@ def _change(
 
 
 def _again(intent: Intent, reason: str, max_attempts: int) -> tuple[Intent, list[Command]]:
-    if intent.state is IntentState.CANCELLED:
+    if intent.state in LAUNCH_ENDED:
         return intent, []
     if len(intent.attempts) >= max_attempts:
         return replace(intent, state=IntentState.EXHAUSTED, reason=reason), [

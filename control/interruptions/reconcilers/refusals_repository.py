@@ -13,7 +13,7 @@ from control.interruptions.repository import to_json
 
 # Back-off of what may mend itself: 10 s, doubled with every try, ten minutes at most. What only a person can mend is
 # asked again as often as its row says, and once a day when nobody has for a week (C-33): it still bills and its alarm
-# stands, but an account that will not have us is not called for ever.
+# stands, but twenty-four refusals a day say no more than one.
 _REFUSED = text("""
     INSERT INTO refused_endings AS r
         (customer_id, instance_id, cluster_id, region, why, operation, code, message, lasting, next_at)

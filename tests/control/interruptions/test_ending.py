@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from control.cli import app
 from control.commands.doctor import examine
+from control.interruptions import closing
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import alarms, leaving, never_ready, orphans
+from control.interruptions.reconcilers import alarms, deadlines, leaving, never_ready, orphans
 from control.interruptions.reconcilers import ending as ending_module
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import Ending
@@ -121,12 +122,48 @@ async def test_a_protected_instance_is_told_and_holds_up_no_other(stage: Stage, 
     calls = len(stage.calls("TerminateInstances"))
     assert await ending.run_once() == 0
     assert len(stage.calls("TerminateInstances")) == calls, "EC2 is not asked every five seconds"
+    # Every hour for a week, every day from then on, and told all the time.
+    for age, hours in (("6 days", 1), ("8 days", 24)):
+        aged = f"UPDATE refused_endings SET next_at = now(), first_at = now() - interval '{age}' RETURNING 1"
+        await stage.tenant.rows(aged)
+        await stage.pass_rounds()
+        assert await ending.run_once() == 0
+        refused = await stage.tenant.row("SELECT next_at - last_at AS pause FROM refused_endings")
+        assert refused.pause.total_seconds() == pytest.approx(hours * 3600, abs=1)
+    await alarms.run_once(launcher.runtime)
+    assert (await _health(stage, "ending")).state == "degraded"
     stage.aws.clear_faults()
+    await stage.pass_rounds()
     await stage.tenant.rows("UPDATE refused_endings SET next_at = now() RETURNING 1")
     assert await ending.run_once() == 1
     await alarms.run_once(launcher.runtime)
     told = await _health(stage, "ending")
     assert (told.state, told.reason, told.status) == ("ok", None, "active")
+
+
+async def test_a_protected_replacement_keeps_no_interruption_open(stage: Stage, launcher: Launcher) -> None:
+    (protected,) = await _never_ready(stage, launcher)
+    _protect(stage, protected)
+    assert await Ending(launcher).run_once() == 0
+    await stage.until(lambda: _drained(stage), 10)
+    assert await closing.close_ended(launcher.runtime) == 0, "there is still time for another"
+    await stage.tenant.rows("UPDATE launch_intents SET deadline_at = now() - interval '1 second' RETURNING 1")
+    await deadlines.run_once(launcher.runtime)
+    assert await closing.close_ended(launcher.runtime) == 1
+    (closed,) = await stage.interruptions()
+    assert "no replacement could be launched" in closed.reason
+    attempt = await _attempt(stage, protected)
+    assert (attempt.intent, attempt.state) == ("exhausted", "terminating"), "it is still to end"
+    stage.aws.clear_faults()
+    await stage.pass_rounds()
+    await stage.tenant.rows("UPDATE refused_endings SET next_at = now() RETURNING 1")
+    assert await Ending(launcher).run_once() == 1
+    attempt = await _attempt(stage, protected)
+    assert (attempt.intent, attempt.state) == ("exhausted", "terminated"), "and nothing is launched any more"
+
+
+async def _drained(stage: Stage) -> bool:
+    return bool(await stage.tenant.rows("SELECT 1 FROM agent_tasks WHERE state = 'done'"))
 
 
 async def test_a_protected_orphan_holds_up_no_other(stage: Stage, launcher: Launcher) -> None:
