@@ -488,6 +488,9 @@ def _state_change(detail: dict[str, Any]) -> _Read:
 def _health(detail: dict[str, Any]) -> _Read:
     if detail.get("service") != "EC2" or detail.get("eventTypeCategory") != "scheduledChange":
         raise _Dropped("health_other")
+    if detail.get("statusCode") == "closed":
+        # It took place, or was called off: AWS tells of both, and neither is a reason to drain.
+        raise _Dropped("health_closed")
     entities = detail.get("affectedEntities")
     if not isinstance(entities, list) or not entities:
         raise _Refused("missing_field", "detail.affectedEntities is missing or empty")
