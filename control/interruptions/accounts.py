@@ -11,9 +11,16 @@ import structlog
 
 from control.gateways.aws import AwsError, Credentials, Role
 from control.interruptions import launch_repository
-from control.interruptions.launch_repository import ClusterFacts, IntentRow
+from control.interruptions.launch_repository import BatchRow, ClusterFacts, IntentRow
 from control.interruptions.runtime import Runtime
-from control.interruptions.templates import fingerprint, subnets_by_zone, template_of, user_data_group
+from control.interruptions.templates import (
+    TAG_BATCH,
+    fingerprint,
+    is_ours,
+    subnets_by_zone,
+    template_of,
+    user_data_group,
+)
 from warehouse.postgres.models import new_id
 
 log = structlog.get_logger(__name__)
@@ -139,6 +146,28 @@ class Accounts:
             ):
                 found |= {instance["InstanceId"]: instance for instance in reservation.get("Instances", [])}
         return found
+
+    async def launched_by(self, batch: BatchRow, credentials: Credentials) -> list[dict[str, Any]]:
+        """The instances that EC2 shows of a call, dead ones too, in the order it launched them. Describe may not show
+        all of them yet (C-10)."""
+        found: list[dict[str, Any]] = []
+        filters = [{"Name": f"tag:{TAG_BATCH}", "Values": [str(batch.id)]}]
+        async for reservation in self.runtime.aws.pages(
+            "ec2",
+            "DescribeInstances",
+            {"Filters": filters},
+            "Reservations",
+            region=batch.region,
+            credentials=credentials,
+        ):
+            found += [
+                instance
+                for instance in reservation.get("Instances", [])
+                if is_ours(instance, deployment_id=self.runtime.deployment_id, customer_id=batch.customer_id)
+                # Whoever launches "more like this" gets the tags too; the token is the call's own.
+                and instance.get("ClientToken", batch.client_token) in ("", batch.client_token)
+            ]
+        return sorted(found, key=lambda instance: (instance.get("AmiLaunchIndex", 0), instance["InstanceId"]))
 
     async def credentials(self, cluster: ClusterFacts) -> Credentials:
         """Credentials of the cluster's customer, assumed with its role and external id.

@@ -36,6 +36,7 @@ from control.interruptions.states import (
     Refused,
     Unanswered,
 )
+from control.interruptions.templates import is_alive
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,8 @@ log = structlog.get_logger(__name__)
 RETRY_SECONDS = 20.0
 THROTTLED_SECONDS = (1.0, 3.0)
 GIVE_UP_AFTER = timedelta(minutes=10)
+# What Describe does not show this long after the call does not exist; before, it may only not be visible yet (C-10).
+SHOWN_AFTER = timedelta(minutes=5)
 
 
 @asynccontextmanager
@@ -128,6 +131,9 @@ class Calls:
             if error.code in answers.EXPIRED_CODES and cluster.role_arn:
                 self.runtime.aws.forget(Role(cluster.customer_id, cluster.role_arn, cluster.external_id))
             reading = answers.read(error)
+            if reading.meaning is Meaning.ENDED and batch.size > 1:
+                await self._some_ended(batch, cluster, reading)
+                return
             await self.record(batch, reading if first else answers.of_a_retry(reading))
             return
         instances = sorted(
@@ -136,6 +142,22 @@ class Calls:
         await self.record(
             batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=[item["InstanceId"] for item in instances]
         )
+
+    async def _some_ended(self, batch: BatchRow, cluster: ClusterFacts, reading: Reading) -> None:
+        """EC2 says "an instance" of this token was terminated, and not which of several: the living are adopted, the
+        others ended. Where one may only be invisible yet, all of them wait."""
+        since = batch.first_called_at or batch.created_at
+        try:
+            found = await self.accounts.launched_by(batch, await self.accounts.credentials(cluster))
+            shown = len(found) == batch.size or self.runtime.db.now() - since > SHOWN_AFTER
+        except AwsError as error:
+            log.warning("launch.ended_unseen", batch_id=str(batch.id), code=error.code)
+            shown = False
+        if not shown:
+            await self.record(batch, Reading(Meaning.UNKNOWN, reading.code, reading.message))
+            return
+        living = [instance["InstanceId"] for instance in found if is_alive(instance)]
+        await self.record(batch, reading, instance_ids=living, adopted=True)
 
     async def record(
         self,
@@ -219,7 +241,7 @@ def event_of(
         case Meaning.MISMATCH:
             return Mismatched()
         case Meaning.ENDED:
-            return InstanceEnded()
+            return Launched(instance_ids[slot], adopted) if slot < len(instance_ids) else InstanceEnded()
         case Meaning.UNKNOWN:
             return Unanswered()
         case Meaning.THROTTLED:
@@ -231,9 +253,9 @@ def batch_after(reading: Reading, *, abandoned: bool) -> tuple[str | None, float
     if abandoned:
         return "abandoned", 0.0
     match reading.meaning:
-        case Meaning.LAUNCHED:
+        case Meaning.LAUNCHED | Meaning.ENDED:
             return "answered", 0.0
-        case Meaning.REFUSED | Meaning.DENIED | Meaning.ENDED:
+        case Meaning.REFUSED | Meaning.DENIED:
             return "failed", 0.0
         case Meaning.THROTTLED:
             return None, random.uniform(*THROTTLED_SECONDS)

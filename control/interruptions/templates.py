@@ -154,6 +154,11 @@ def tags_of(instance: Mapping[str, Any]) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
 
 
+def is_alive(instance: Mapping[str, Any]) -> bool:
+    """Whether an instance runs, or may run again."""
+    return instance.get("State", {}).get("Name") in ("pending", "running", "stopping", "stopped")
+
+
 def is_ours(instance: Mapping[str, Any], *, deployment_id: str, customer_id: UUID) -> bool:
     """Whether an instance carries this deployment's and this customer's tag, from birth."""
     tags = tags_of(instance)

@@ -12,7 +12,7 @@ from control.interruptions.answers import Meaning, Reading
 from control.interruptions.calling import GIVE_UP_AFTER
 from control.interruptions.launch_repository import BatchRow, ClusterFacts
 from control.interruptions.launching import Launcher
-from control.interruptions.templates import TAG_BATCH, is_ours
+from control.interruptions.templates import is_alive
 
 log = structlog.get_logger(__name__)
 
@@ -22,7 +22,6 @@ INTERVAL_SECONDS = 2.0
 LIMIT = 20
 # Calls of the rounds so far that were not answered yet.
 MOST_UNDER_WAY = 100
-_ALIVE = ("pending", "running", "stopping", "stopped")
 
 
 async def run_once(launcher: Launcher) -> int:
@@ -72,20 +71,9 @@ async def _settle(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) ->
 async def adopt(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> bool:
     """Record instances that carry the batch's tag. Finding none proves nothing (C-10) and returns False."""
     credentials = await launcher.accounts.credentials(cluster)
-    found: list[tuple[int, str]] = []
-    filters = [
-        {"Name": f"tag:{TAG_BATCH}", "Values": [str(batch.id)]},
-        {"Name": "instance-state-name", "Values": list(_ALIVE)},
-    ]
-    async for reservation in launcher.runtime.aws.pages(
-        "ec2", "DescribeInstances", {"Filters": filters}, "Reservations", region=batch.region, credentials=credentials
-    ):
-        for instance in reservation.get("Instances", []):
-            ours = is_ours(instance, deployment_id=launcher.runtime.deployment_id, customer_id=batch.customer_id)
-            if ours:
-                found.append((instance.get("AmiLaunchIndex", 0), instance["InstanceId"]))
-    if not found:
+    found = await launcher.accounts.launched_by(batch, credentials)
+    ids = [instance["InstanceId"] for instance in found if is_alive(instance)]
+    if not ids:
         return False
-    ids = [instance_id for _, instance_id in sorted(found)]
     await launcher.calls.record(batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=ids, adopted=True)
     return True
