@@ -1,11 +1,9 @@
-"""Whose an instance with our tags is: what one launch made is adopted, what nobody may end is told, the rest is ended."""
+"""Instances with our tags: adopted where a launch of ours made them, told where nobody may end them, or ended."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
-
-import pytest
 
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import launch as launch_reconciler
