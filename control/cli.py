@@ -152,7 +152,7 @@ def control() -> None:
 
     settings = load_settings()
     uvicorn.run(
-        "control.app:create_app",
+        "control.app:served",
         factory=True,
         host=settings.host,
         port=settings.control_port,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -271,6 +272,10 @@ def main() -> None:
     configure_logging(settings.log_level)
     _, port = _metrics_server(settings.worker_metrics_port)
     log.info("worker.metrics", port=port)
+    # What is imported stays: a large body that makes the collector look at all of it would hold up everybody's warnings
+    # for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     asyncio.run(_serve(settings))
 
 

@@ -1,19 +1,17 @@
-"""Reading customers' queues: one idle long poll each, more receivers while a queue is full, one commit at a time each.
+"""Reading customers' queues: one idle long poll each, more receivers while a queue is full, one commit at a time.
 
 Every worker polls every queue. SQS shares messages out between consumers by itself, so nothing has to be leased, a
 dead worker leaves no gap, and the price is 4,320 idle requests a queue and day and worker. Messages of one customer
-that arrive together are committed together; a customer's commits never overlap, so its batches cannot deadlock, and
-one customer's flood holds one connection.
+that arrive together are committed together, large bodies apart from the others; otherwise a customer's commits never
+overlap, so its batches do not meet on a row, and one customer's flood holds two connections.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import sys
 import time
-from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -31,6 +29,7 @@ from control.gateways.aws import (
     SqsMessage,
 )
 from control.interruptions import answers, intake_repository, metrics
+from control.interruptions.buffer import MAX_HELD_BYTES, Buffer, Held, Lane
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Facts, Received, UnknownCustomer, ingest
 from control.interruptions.taking import ALONE_TRIES, AWAY_STATES, lies_in_the_content, set_aside, sqlstate
@@ -43,15 +42,7 @@ CUSTOMERS_SECONDS = 5.0
 # A queue that answers full gets more receivers, up to this many; each ends with its first empty answer.
 MAX_RECEIVERS = 8
 STORM_WAIT_SECONDS = 0
-# What is received must be committed well within the visibility timeout of 20 s.
-MAX_BUFFERED = 400
-COMMIT_LIMIT = 200
-# Memory of bodies received and not yet taken in. A queue is read while it holds less than its bound and all of the
-# process' queues less than theirs; one that holds nothing is always read, so that nobody's flood keeps a warning out.
-# What a receive under way brings comes on top: at most ten messages, from one receiver a queue once they are large.
-MAX_HELD_BYTES = 4 << 20
-MAX_HELD_BYTES_OF_ALL = 64 << 20
-COMMIT_BYTES = 2 << 20
+# Above this, one receiver is enough: bodies are large.
 LARGE_RECEIVE_BYTES = MAX_HELD_BYTES // MAX_RECEIVERS
 # Connections the worker reserves for the intake (control.worker).
 COMMITS_AT_ONCE = 5
@@ -113,28 +104,6 @@ class Health:
                 lasting=False,
             )
         return self.deleting
-
-
-def size_of(messages: Sequence[SqsMessage]) -> int:
-    """Bytes that the bodies of messages take in memory."""
-    return sum(sys.getsizeof(message.body) for message in messages)
-
-
-class Held:
-    """Bytes of bodies that all queues of a process hold, and the queues that wait for there to be fewer."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.waiting: set[asyncio.Event] = set()
-
-    def add(self, size: int) -> None:
-        """Bodies were received (or, negative, taken in)."""
-        self.bytes += size
-        if self.bytes < MAX_HELD_BYTES_OF_ALL:
-            # Each looks again whether there is room for it.
-            for room in self.waiting:
-                room.set()
-            self.waiting.clear()
 
 
 class Intake:
@@ -231,24 +200,20 @@ class QueueReader:
         self, runtime: Runtime, facts: Facts, source: Source, turns: asyncio.Semaphore, held_of_all: Held
     ) -> None:
         self.runtime, self.facts, self.source, self.turns = runtime, facts, source, turns
-        self.held_bytes, self._held_of_all = 0, held_of_all
+        self.buffer = Buffer(held_of_all)
         self.health = Health(heard_at=time.monotonic())
         self.written = 0.0
         self.receivers = 0
         self._queue: QueueAddress | None = None
-        self._buffer: deque[SqsMessage] = deque()
-        self._filled = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
         self._closing = False
         # Whether the last commit failed because Postgres was away, and since when it refuses what it is given.
         self._away = False
         self._refused_since: float | None = None
-        self._taking: list[SqsMessage] = []
         self._receiving: set[asyncio.Task[None]] = set()
         self._finishing: set[asyncio.Task[None]] = set()
         self._start(self._poll(), self._receiving)
-        self._start(self._commit(), self._finishing)
+        for lane in self.buffer.lanes:
+            self._start(self._commit(lane), self._finishing)
 
     def _start(self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]) -> None:
         task = asyncio.create_task(work, name=f"queue {self.source.customer_id}")
@@ -267,12 +232,11 @@ class QueueReader:
         once, not after its visibility timeout."""
         self._closing = True
         await _end(self._receiving, CUT_SECONDS)
-        # Wakes the committer, which leaves when nothing is left.
-        self._filled.set()
+        # Wakes the takers, which leave when nothing is left.
+        for lane in self.buffer.lanes:
+            lane.filled.set()
         await _end(self._finishing, CLOSE_SECONDS)
-        await self._give_back([*self._taking, *self._buffer])
-        self._hold(-self.held_bytes)
-        self._held_of_all.waiting.discard(self._room)
+        await self._give_back(self.buffer.empty())
 
     async def _give_back(self, messages: list[SqsMessage]) -> None:
         if not messages or self._queue is None:
@@ -297,7 +261,7 @@ class QueueReader:
         delay = BACKOFF_SECONDS[0]
         while not self._closing:
             try:
-                await self._room_to_receive()
+                await self.buffer.room()
                 full = await self._receive(long=True)
                 delay = BACKOFF_SECONDS[0]
                 self.health.receiving, self.health.answered = None, True
@@ -314,28 +278,11 @@ class QueueReader:
         """A receiver for a storm; ends when the queue is not full any more, or when anything fails."""
         try:
             while not self._closing and await self._receive(long=False):
-                await self._room_to_receive()
+                await self.buffer.room()
         except Exception as error:
             log.info("intake.helper_ended", customer_id=str(self.source.customer_id), error=str(error)[:200])
         finally:
             self.receivers -= 1
-
-    def _has_room(self) -> bool:
-        return (
-            len(self._buffer) < MAX_BUFFERED
-            and self.held_bytes < MAX_HELD_BYTES
-            and (not self.held_bytes or self._held_of_all.bytes < MAX_HELD_BYTES_OF_ALL)
-        )
-
-    async def _room_to_receive(self) -> None:
-        while not self._has_room():
-            self._room.clear()
-            self._held_of_all.waiting.add(self._room)
-            await self._room.wait()
-
-    def _hold(self, size: int) -> None:
-        self.held_bytes += size
-        self._held_of_all.add(size)
 
     async def _receive(self, *, long: bool) -> bool:
         """Whether the queue has more, and more receivers may ask for it."""
@@ -354,41 +301,22 @@ class QueueReader:
                 self.runtime.aws.forget(self.source.role)
             raise
         self.health.heard_at = time.monotonic()
-        size = size_of(messages)
-        if messages:
-            self._hold(size)
-            self._buffer.extend(messages)
-            self._filled.set()
+        size = self.buffer.add(messages)
         return len(messages) == RECEIVE_BATCH and size < LARGE_RECEIVE_BYTES
 
     # --- committing
 
-    async def _commit(self) -> None:
-        while True:
-            await self._filled.wait()
-            if self._closing and not self._buffer:
-                return
-            batch = self._next_batch()
-            self._taking = batch
-            if not self._buffer and not self._closing:
-                self._filled.clear()
+    async def _commit(self, lane: Lane) -> None:
+        while lane.waiting or not self._closing:
+            await lane.filled.wait()
+            batch = lane.next_batch()
+            if not batch:
+                continue
             try:
                 await self._take_in_somehow(batch)
             except UnknownCustomer:
                 return
-            self._taking = []
-            self._hold(-size_of(batch))
-            self._room.set()
-
-    def _next_batch(self) -> list[SqsMessage]:
-        batch = [self._buffer.popleft()]
-        size = size_of(batch)
-        while self._buffer and len(batch) < COMMIT_LIMIT:
-            size += size_of([self._buffer[0]])
-            if size > COMMIT_BYTES:
-                break
-            batch.append(self._buffer.popleft())
-        return batch
+            self.buffer.taken_in(lane)
 
     async def _take_in_somehow(self, batch: list[SqsMessage]) -> None:
         """Together; one by one when the content of one of them is, or may be, what fails.
@@ -516,10 +444,10 @@ class QueueReader:
 
     def trouble(self, now: float) -> Trouble | None:
         """What is wrong with this queue, or None. While our own database keeps us from reading, AWS is not to blame."""
-        if not self._room.is_set() and self._away:
+        if self.buffer.full and self._away:
             self.health.heard_at = now
         stuck_since = self._refused_since
-        if stuck_since is None and not self._room.is_set():
+        if stuck_since is None and self.buffer.full:
             stuck_since = self.health.heard_at
         if not self._away and stuck_since is not None and now - stuck_since > DEGRADED_AFTER_SECONDS:
             return Trouble(

@@ -258,7 +258,8 @@ def _decode(raw: bytes) -> dict[str, Any]:
 
 
 def _load(text: str) -> Any:
-    _check_depth(text)
+    # Read first, which stops where the text is no JSON, and at the interpreter's own limit of depth: going over a large
+    # body takes several times as long.
     try:
         document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except _Refused:
@@ -268,6 +269,7 @@ def _load(text: str) -> Any:
     except ValueError as error:
         # Also numbers beyond the interpreter's digit limit.
         raise _Refused("not_json", f"the body is not JSON: {str(error)[:120]}") from None
+    _check_depth(text)
     if "\\u" in text and not _storable(document):
         raise _Refused("bad_text", "the body has NUL characters or lone surrogates in its text")
     return document

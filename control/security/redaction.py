@@ -17,21 +17,26 @@ _SECRET_NAMES = re.compile(
     re.IGNORECASE,
 )
 _NOT_SECRET = frozenset({"client_token", "token_type"})
+# Each with what any text of its shape has in it, in small letters: looking for that is a hundred times faster, and a
+# body of 1 MiB must not hold up others for the tenth of a second that all expressions take together.
 _SHAPES = (
-    re.compile(r"\bco_[0-9a-f]{16}\.[A-Za-z0-9_-]{43}"),
+    ("co_", re.compile(r"\bco_[0-9a-f]{16}\.[A-Za-z0-9_-]{43}")),
     # From the beginning of its word, which is gone over once: time grows with the text's length alone.
-    re.compile(r"(?<![\w-])(?>[\w-]*?\beyJ)[\w-]++\.[\w-]++\.[\w-]*+", re.ASCII),
-    re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"),
-    re.compile(r"(?i)(?<=bearer )\S+"),
-    re.compile(r"https://hooks\.slack\.com/\S+"),
-    re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    ("eyj", re.compile(r"(?<![\w-])(?>[\w-]*?\beyJ)[\w-]++\.[\w-]++\.[\w-]*+", re.ASCII)),
+    ("://", re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")),
+    ("bearer ", re.compile(r"(?i)(?<=bearer )\S+")),
+    ("https://hooks.slack.com/", re.compile(r"https://hooks\.slack\.com/\S+")),
+    ("akia", re.compile(r"\bAKIA[A-Z0-9]{16}\b")),
+    ("asia", re.compile(r"\bASIA[A-Z0-9]{16}\b")),
 )
 
 
 def redact_text(text: str) -> str:
     """The text with everything shaped like a secret hidden."""
-    for shape in _SHAPES:
-        text = shape.sub(HIDDEN, text)
+    small = text.lower()
+    for part, shape in _SHAPES:
+        if part in small:
+            text = shape.sub(HIDDEN, text)
     return text
 
 

@@ -23,6 +23,7 @@ from control.interruptions.intake import (
     DEGRADED_AFTER_SECONDS,
     Health,
     Intake,
+    QueueReader,
     explain,
 )
 from control.interruptions.runtime import Runtime
@@ -32,7 +33,7 @@ from control.security.principal import Principal, Role
 from control.worker import Worker
 from tests.control.api import settings_for
 from tests.control.interruptions.corpus import cases
-from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from tests.control.interruptions.harness import DEPLOYMENT, Stage, gate
 from tests.control.interruptions.tenants import Tenant, create_tenant, refusing
 from warehouse.contracts import EventSource
 
@@ -52,6 +53,17 @@ async def intake(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     stop.set()
     await task
     await aws.close()
+
+
+async def readers_of(stage: Stage, intake: Intake, *tenants: Tenant) -> list[QueueReader]:
+    """The readers of customers' queues, once they are there."""
+    wanted = [tenant.customer_id for tenant in tenants]
+
+    async def read() -> bool:
+        return set(wanted) <= set(intake.readers)
+
+    await stage.until(read, 10)
+    return [intake.readers[customer_id] for customer_id in wanted]
 
 
 async def add_customer(stage: Stage, *, queue: bool = True) -> Tenant:
@@ -173,14 +185,9 @@ async def test_large_messages_are_held_by_their_bytes_and_keep_nobody_out(
     stage: Stage, intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While Postgres is slow, a flood of large bodies stays in its queue, and other queues are read all the same."""
-    monkeypatch.setattr("control.interruptions.intake.MAX_HELD_BYTES_OF_ALL", 3 << 20)
+    monkeypatch.setattr("control.interruptions.buffer.MAX_HELD_BYTES_OF_ALL", 3 << 20)
     quiet = await add_customer(stage)
-
-    async def both_read() -> bool:
-        return {stage.tenant.customer_id, quiet.customer_id} <= set(intake.readers)
-
-    await stage.until(both_read, 10)
-    flooded, other = intake.readers[stage.tenant.customer_id], intake.readers[quiet.customer_id]
+    flooded, other = await readers_of(stage, intake, stage.tenant, quiet)
     async with contextlib.AsyncExitStack() as no_turns:
         for _ in range(COMMITS_AT_ONCE):
             await no_turns.enter_async_context(intake.turns)
@@ -197,12 +204,12 @@ async def test_large_messages_are_held_by_their_bytes_and_keep_nobody_out(
         stage.aws.send_event(quiet.account_id, quiet.warning(node))
 
         async def held() -> bool:
-            return other.held_bytes > 0
+            return other.buffer.held_bytes > 0
 
         await stage.until(held, 10)
         # The bound, and the receives that were under way when it was reached.
-        assert flooded.held_bytes < (3 << 20) + 2 * 10 * (size + 1024)
-        assert flooded.held_bytes + other.held_bytes == intake.held.bytes
+        assert flooded.buffer.held_bytes < (3 << 20) + 2 * 10 * (size + 1024)
+        assert flooded.buffer.held_bytes + other.buffer.held_bytes == intake.held.bytes
         assert sum(stage.aws.queue_depth(stage.queue)) == 40
     await _drained(stage, quiet, node)
 
@@ -212,6 +219,30 @@ async def test_large_messages_are_held_by_their_bytes_and_keep_nobody_out(
     await stage.until(all_in, 30)
     assert len(await stage.interruptions()) == 40
     assert intake.held.bytes == 0
+
+
+async def test_warnings_do_not_wait_for_a_large_body_of_their_queue(stage: Stage, intake: Intake) -> None:
+    """R-14: reading and writing one of 1 MiB takes long; here its transaction does not end at all."""
+    large, *nodes = await stage.tenant.nodes(3)
+    await readers_of(stage, intake, stage.tenant)
+    async with gate(stage.database_url, "inbox_messages", "NEW.outcome = 'quarantined'") as held:
+        stage.aws.send_events(
+            stage.queue,
+            [json.dumps(stage.tenant.warning(large)) + "x" * (1 << 19), json.dumps(stage.tenant.warning(nodes[0]))],
+        )
+        await held.reached()
+        await _drained(stage, stage.tenant, nodes[0])
+        stage.aws.send_event(stage.queue, stage.tenant.warning(nodes[1]))
+        await _drained(stage, stage.tenant, nodes[1])
+        assert not await stage.tenant.rows("SELECT FROM inbox_messages WHERE outcome = 'quarantined'")
+        await held.commit()
+
+    async def emptied() -> bool:
+        return stage.aws.queue_depth(stage.queue) == (0, 0)
+
+    await stage.until(emptied, 20)
+    kept = await stage.tenant.rows("SELECT reason FROM inbox_messages WHERE outcome = 'quarantined'")
+    assert [row.reason.split(":")[0] for row in kept] == ["not_json"]
 
 
 async def test_poison_one_to_one_with_good_warnings_over_the_queue(stage: Stage, intake: Intake) -> None:
@@ -435,7 +466,7 @@ async def test_a_batch_full_of_what_the_database_refuses_is_over_within_its_visi
 async def test_a_batch_that_fails_again_and_again_is_taken_apart_and_told(stage: Stage, intake: Intake) -> None:
     """An error that says nothing of the content, while Postgres answers: the neighbours do not wait for ever."""
     bad, good = await stage.launch_nodes(2)
-    reader = intake.readers[stage.tenant.customer_id]
+    (reader,) = await readers_of(stage, intake, stage.tenant)
 
     async def stuck() -> bool:
         return reader.trouble(time.monotonic() + DEGRADED_AFTER_SECONDS + 1) is not None
