@@ -249,6 +249,7 @@ ALARM_TITLES = {
     "launches": "Launches nobody can tell the end of, or that are refused",
     "never_ready": "Replacements that run and are not seen",
     "adopt_only": "Nothing is terminated",
+    "adopted": "Instances with our tags that run in no cluster",
     "lifecycle": "Auto Scaling hooks that cannot be answered",
 }
 

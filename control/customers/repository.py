@@ -89,7 +89,8 @@ async def begin_offboarding(conn: AsyncConnection, customer_id: UUID) -> None:
 
 _ADOPT_ONLY = text("""
     SELECT m.adopt_only_since AS since, m.adopt_only_reason AS reason,
-           ARRAY(SELECT a.instance_id FROM adopted_instances a WHERE a.customer_id = m.id ORDER BY 1) AS instances
+           ARRAY(SELECT a.instance_id FROM adopted_instances a
+                 WHERE a.customer_id = m.id AND a.reason = 'restored' AND a.ended_at IS NULL ORDER BY 1) AS instances
     FROM customers m WHERE m.id = :id AND m.adopt_only_since IS NOT NULL
 """)
 _LIFT_ADOPT_ONLY = text("""
@@ -98,7 +99,8 @@ _LIFT_ADOPT_ONLY = text("""
 """)
 _ADOPT_ONLY_CUSTOMERS = text("""
     SELECT m.id, m.company_name, m.adopt_only_since, m.adopt_only_reason,
-           ARRAY(SELECT a.instance_id FROM adopted_instances a WHERE a.customer_id = m.id ORDER BY 1) AS instances
+           ARRAY(SELECT a.instance_id FROM adopted_instances a
+                 WHERE a.customer_id = m.id AND a.reason = 'restored' AND a.ended_at IS NULL ORDER BY 1) AS instances
     FROM customers m WHERE m.adopt_only_since IS NOT NULL AND m.status <> 'offboarded' ORDER BY m.id
 """)
 

@@ -262,6 +262,21 @@ async def running(conn: AsyncConnection, *, limit: int) -> list[Plan]:
     return [Plan(**row._mapping) for row in await conn.execute(_RUNNING, {"limit": limit})]
 
 
+_MAY_END = text(f"""
+    SELECT EXISTS (
+        SELECT FROM optimization_history p
+        JOIN clusters c ON c.id = p.cluster_id
+        JOIN customers m ON m.id = p.customer_id
+        JOIN plan_steps s ON s.plan_id = p.id AND s.kind = 'terminate' AND s.state = 'running'
+        WHERE p.id = :plan_id AND p.status = 'running' AND NOT (c.kill_switch OR m.kill_switch) AND {_IN_FLIGHT} = 0)
+""")
+
+
+async def may_end(conn: AsyncConnection, plan_id: UUID) -> bool:
+    """Whether a plan may end its old node now: it is at that step, nothing is in flight and no kill switch is on."""
+    return bool((await conn.execute(_MAY_END, {"plan_id": plan_id})).scalar_one())
+
+
 _STEP = text("""
     WITH moved AS (
         UPDATE plan_steps SET state = :state, version = version + 1,

@@ -8,7 +8,7 @@ it is taken, so a worker that dies is followed by any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -263,8 +263,12 @@ async def _end_old(launcher: Launcher, plan: Plan, cluster: ClusterFacts) -> Non
     if not forgotten and not _ending(instances.get(plan.instance_id)):
         if not await claim_endings(runtime, plan.cluster_id):
             return
+
+        async def still(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> Sequence[str]:
+            return instance_ids if await return_repository.may_end(conn, plan.id) else []
+
         ended = await terminate_ours(
-            launcher, cluster, credentials, [plan.instance_id], reason="return_to_spot", most=1
+            launcher, cluster, credentials, [plan.instance_id], reason="return_to_spot", most=1, still=still
         )
         instances = ended.instances
     if not forgotten and not _ending(instances.get(plan.instance_id)):

@@ -94,5 +94,6 @@ ALARMS_SQL = """
     FROM intake_health h JOIN customers m ON m.id = h.customer_id
     WHERE h.state = 'degraded' AND m.status <> 'offboarded'
       AND (CAST(:customer_id AS uuid) IS NULL OR h.customer_id = :customer_id)
-    ORDER BY h.detector IN ('ending', 'launches', 'never_ready') DESC, h.changed_at, h.detector, h.customer_id
+    ORDER BY h.detector IN ('ending', 'launches', 'never_ready', 'adopted') DESC,
+             h.changed_at, h.detector, h.customer_id
 """

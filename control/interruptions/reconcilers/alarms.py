@@ -32,11 +32,18 @@ UNANSWERED_SECONDS = 600.0
 # Named one by one; the rest is counted.
 NAMED = 20
 
-ENDING, LAUNCHES, NEVER_SEEN, ADOPT_ONLY = "ending", "launches", "never_ready", "adopt_only"
+ENDING, LAUNCHES, NEVER_SEEN, ADOPT_ONLY, ADOPTED = "ending", "launches", "never_ready", "adopt_only", "adopted"
+# Why an adopted instance is not ours to end.
+_NOT_OURS = {
+    "restored": "was launched before the database was restored",
+    "node": "was a node of a cluster when its launch had been given up",
+    "copied": "has our tags from the instance it was copied from, and was not launched by us",
+}
 REMEDIES = {
     ENDING: (
         "End these instances in the EC2 console, or let us: give the role its trust and permissions back "
-        "(POST /customers/{id}/verify shows both and asks again at once), or lift the instance's protection."
+        "(POST /customers/{id}/verify shows both and asks again at once), lift the instance's protection, or start the "
+        "cluster's agent again where it is away."
     ),
     LAUNCHES: (
         "Give the role its trust and permissions back (POST /customers/{id}/verify shows both); if it stays away, look "
@@ -49,6 +56,10 @@ REMEDIES = {
     ADOPT_ONLY: (
         "Compare the adopted instances with the account, end those nobody needs, and lift it: "
         "POST /customers/{id}/adopt-only/lift or `cloudoptim adopt-only --lift`."
+    ),
+    ADOPTED: (
+        "End these instances in the EC2 console when nobody needs them, or take their cloudoptim: tags off; we end "
+        "none of them."
     ),
 }
 
@@ -136,6 +147,12 @@ async def _find(conn: AsyncConnection) -> Mapping[str, Mapping[UUID, list[Troubl
     for row in await alarms_repository.adopt_only_customers(conn):
         line = f"nothing is terminated for this customer: {row.reason}"
         found[ADOPT_ONLY][row.customer_id].append(Trouble(line, None, row.instances))
+    for row in await alarms_repository.adopted_outside(conn, seconds=NEVER_READY_SECONDS):
+        line = (
+            f"{row.instance_id}{_usd(row)} in {row.region} runs since {_at(row.launched_at)} and is no Ready node; it "
+            f"{_NOT_OURS[row.reason]}"
+        )
+        found[ADOPTED][row.customer_id].append(Trouble(line, row.usd_per_hour))
     return found
 
 

@@ -75,7 +75,8 @@ async def unseen_replacements(conn: AsyncConnection, *, seconds: float, never_re
 
 _ADOPT_ONLY = text("""
     SELECT m.id AS customer_id, m.adopt_only_reason AS reason,
-           (SELECT count(*) FROM adopted_instances a WHERE a.customer_id = m.id) AS instances
+           (SELECT count(*) FROM adopted_instances a
+            WHERE a.customer_id = m.id AND a.reason = 'restored' AND a.ended_at IS NULL) AS instances
     FROM customers m WHERE m.adopt_only_since IS NOT NULL AND m.status <> 'offboarded' ORDER BY m.id
 """)
 
@@ -83,6 +84,24 @@ _ADOPT_ONLY = text("""
 async def adopt_only_customers(conn: AsyncConnection) -> Sequence[Any]:
     """Customers of whom nothing is terminated until a person lifts it."""
     return (await conn.execute(_ADOPT_ONLY)).all()
+
+
+# Nobody waits for these: as Ready nodes they are at work, otherwise only the bill knows of them. Spot costs less.
+_ADOPTED = text("""
+    SELECT a.customer_id, a.instance_id, a.reason, a.region, coalesce(a.launched_at, a.adopted_at) AS launched_at,
+           (SELECT CAST(max(p.price_usd_per_hour) AS double precision) FROM on_demand_price p
+            WHERE p.region = a.region AND p.instance_type = a.instance_type AND p.product LIKE 'Linux%') AS usd_per_hour
+    FROM adopted_instances a JOIN customers m ON m.id = a.customer_id AND m.status <> 'offboarded'
+    WHERE a.ended_at IS NULL AND coalesce(a.launched_at, a.adopted_at) < now() - make_interval(secs => :seconds)
+      AND NOT EXISTS (SELECT FROM nodes n WHERE n.customer_id = a.customer_id AND n.instance_id = a.instance_id
+                        AND n.status IN ('ready', 'cordoned') AND n.terminated_at IS NULL)
+    ORDER BY a.customer_id, a.instance_id
+""")
+
+
+async def adopted_outside(conn: AsyncConnection, *, seconds: float) -> Sequence[Any]:
+    """Adopted instances that run for ``seconds`` and more and are no Ready nodes."""
+    return (await conn.execute(_ADOPTED, {"seconds": seconds})).all()
 
 
 _TOLD = text("""

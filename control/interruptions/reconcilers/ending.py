@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from uuid import UUID
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.gateways.aws import THROTTLE_CODES, AwsError, Credentials, Role
 from control.interruptions import answers, launch_repository, metrics
@@ -45,6 +46,8 @@ FORGOTTEN_AFTER = timedelta(minutes=10)
 # EC2, about an instance that is protected: only a person lifts that.
 DENIED_SECONDS = 3600.0
 _OVER = ("shutting-down", "terminated")
+# Of a customer's instances, those that are still to end.
+Still = Callable[[AsyncConnection, UUID, Sequence[str]], Awaitable[Sequence[str]]]
 
 
 @dataclass(slots=True)
@@ -230,10 +233,12 @@ async def terminate_ours(
     reason: str,
     most: int,
     cluster_id: UUID | None = None,
+    still: Still | None = None,
 ) -> Terminated:
     """Read the tags again and terminate what is ours and still alive, at most ``most``; what was refused is remembered.
 
-    One that EC2 will not end counts for nothing: the next one takes its place.
+    One that EC2 will not end counts for nothing: the next one takes its place. ``still`` says, right before the call,
+    which of the instances are still to end; without it, those that are no Ready node by then.
 
     Raises:
         AwsError: the account refuses or does not answer, whichever instance it is.
@@ -261,6 +266,12 @@ async def terminate_ours(
         and instance_id not in strangers
         and not _ending(result.instances[instance_id])
     ]
+    if going:
+        # EC2 took its time to answer: what held before may not hold any more.
+        async with runtime.db.system() as conn:
+            held = await repository.adopt_only(conn, cluster.customer_id)
+            wanted = await (still or _no_nodes)(conn, cluster.customer_id, going)
+        going = [] if held else list(wanted)
     ended: list[str] = []
     # All in one call; when EC2 refuses that because of one of them, one by one.
     for planned in _groups(going, most):
@@ -291,6 +302,11 @@ async def terminate_ours(
     async with runtime.db.system() as conn:
         await refusals_repository.forget(conn, cluster.customer_id, ended)
     return result
+
+
+async def _no_nodes(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> Sequence[str]:
+    ready = await repository.ready_nodes(conn, customer_id, instance_ids)
+    return [instance_id for instance_id in instance_ids if instance_id not in ready]
 
 
 def _groups(instance_ids: Sequence[str], most: int) -> list[list[str]]:

@@ -1,4 +1,5 @@
-"""Instances with our tag that no live attempt explains: adopted where a call may have made them, ended otherwise.
+"""Instances with our tag that no live attempt explains: ended where a launch of ours made them and they are no nodes,
+adopted and told otherwise.
 
 The cloud is listed first and the database second, so that the database is the newer view (Karpenter's order): an
 instance launched in between has its row already.
@@ -7,7 +8,9 @@ instance launched in between has its row already.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from datetime import timedelta
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +26,7 @@ from control.interruptions.reconcilers.ending import allowed, claim_endings, not
 from control.interruptions.reconcilers.repository import Place
 from control.interruptions.reconcilers.rounds import each_due
 from control.interruptions.states import InstanceEnded
-from control.interruptions.templates import TAG_BATCH, TAG_CLUSTER, TAG_MANAGED, TAG_TENANT, tags_of
+from control.interruptions.templates import TAG_BATCH, TAG_CLUSTER, TAG_MANAGED, TAG_TENANT, is_alive, tags_of
 
 log = structlog.get_logger(__name__)
 
@@ -60,46 +63,63 @@ async def compare(launcher: Launcher, place: Place) -> int:
     facts = clusters[place.cluster_id]
     credentials = await launcher.accounts.credentials(facts)
     instances = await _ours(launcher, place, credentials)
-    if not instances:
-        async with runtime.db.system() as conn:
-            await refusals_repository.forget_orphans(conn, place.customer_id, place.region, except_for=[])
-        return 0
-    batch_ids = {batch for instance in instances.values() if (batch := _uuid(tags_of(instance).get(TAG_BATCH)))}
+    alive = {instance_id: instance for instance_id, instance in instances.items() if is_alive(instance)}
+    batch_ids = {batch for instance in alive.values() if (batch := _uuid(tags_of(instance).get(TAG_BATCH)))}
     async with runtime.db.system() as conn:
+        await repository.mark_adopted(conn, place.customer_id, place.region, alive=sorted(alive))
         attempts = await repository.attempts_by_instance(conn, place.customer_id, sorted(instances))
-        batches = await repository.batch_states(conn, place.customer_id, sorted(batch_ids))
-        adopted = await repository.adopted(conn, place.customer_id, sorted(instances))
+        batches = await repository.batches(conn, place.customer_id, sorted(batch_ids))
+        adopted = await repository.adopted(conn, place.customer_id, sorted(alive))
+        nodes = await repository.ready_nodes(conn, place.customer_id, sorted(alive))
+        silent = await repository.silent_clusters(conn, place.customer_id)
         counts = await repository.node_counts(conn, place.customer_id)
         adopt_only = await repository.adopt_only(conn, place.customer_id)
     await _ended_by_others(launcher, instances, attempts)
 
     now = runtime.db.now()
-    unexplained: list[str] = []
-    unknown: list[dict[str, Any]] = []
-    for instance_id, instance in instances.items():
-        state = instance.get("State", {}).get("Name")
-        if state in _DEAD or now - instance.get("LaunchTime", now) < MIN_AGE or instance_id in adopted:
+    found: dict[Whose, list[str]] = {whose: [] for whose in Whose}
+    for instance_id, instance in alive.items():
+        if now - instance.get("LaunchTime", now) < MIN_AGE or instance_id in adopted:
             continue
-        attempt, batch_id = attempts.get(instance_id), _uuid(tags_of(instance).get(TAG_BATCH))
-        if attempt is not None and attempt.state in _LIVE_ATTEMPTS:
-            continue
-        if attempt is None and batch_id is not None and batches.get(batch_id) in _UNANSWERED:
-            # The launch loop repeats that call and learns of it, or adopts it by tag.
-            continue
-        if attempt is None and (batch_id is None or batch_id not in batches):
-            unknown.append(instance)
-            continue
-        unexplained.append(instance_id)
-    if unknown:
-        await _restored(launcher, place, unknown)
+        batch_id = _uuid(tags_of(instance).get(TAG_BATCH))
+        whose = whose_is(instance, attempts.get(instance_id), batches.get(batch_id) if batch_id else None)
+        found[Whose.NODE if whose is Whose.NOBODY and instance_id in nodes else whose].append(instance_id)
+    for whose in (Whose.NODE, Whose.COPIED, Whose.RESTORED):
+        await _adopt(launcher, place, whose, [instances[instance_id] for instance_id in found[whose]])
+    if found[Whose.RESTORED]:
         return 0
+    nobodys = found[Whose.NOBODY]
     async with runtime.db.system() as conn:
-        await refusals_repository.forget_orphans(conn, place.customer_id, place.region, except_for=unexplained)
-        waiting = await refusals_repository.waiting(conn, place.customer_id, unexplained)
-    due = [instance_id for instance_id in unexplained if instance_id not in waiting]
+        await refusals_repository.forget_orphans(conn, place.customer_id, place.region, except_for=nobodys)
+        waiting = await refusals_repository.waiting(conn, place.customer_id, nobodys)
+    due = [instance_id for instance_id in nobodys if instance_id not in waiting]
     if adopt_only or not due:
         return 0
-    return await _end(launcher, facts, credentials, instances, due, counts)
+    return await _end(launcher, facts, credentials, instances, due, counts, silent)
+
+
+class Whose(StrEnum):
+    """Whose an instance with our tags is. All but ``OURS`` and ``NOBODY`` are why it is adopted."""
+
+    OURS = "ours"
+    NOBODY = "nobody"
+    NODE = "node"
+    COPIED = "copied"
+    RESTORED = "restored"
+
+
+def whose_is(instance: Mapping[str, Any], attempt: Any, batch: Any) -> Whose:
+    """From the attempt that EC2 named the instance to (``state``), and the call that its tag names (``state``,
+    ``client_token``); None where there is no such row."""
+    if attempt is not None:
+        return Whose.OURS if attempt.state in _LIVE_ATTEMPTS else Whose.NOBODY
+    if batch is None:
+        return Whose.RESTORED
+    if instance.get("ClientToken") != batch.client_token:
+        # "Launch more like this", a template or a group made from an instance of ours: the tags come along.
+        return Whose.COPIED
+    # The launch loop repeats a call without an answer and learns of it, or adopts it by tag.
+    return Whose.OURS if batch.state in _UNANSWERED else Whose.NOBODY
 
 
 async def _ours(launcher: Launcher, place: Place, credentials: Credentials) -> dict[str, dict[str, Any]]:
@@ -132,8 +152,11 @@ async def _ended_by_others(launcher: Launcher, instances: dict[str, dict[str, An
     await apply_events(launcher.runtime, over)
 
 
-async def _restored(launcher: Launcher, place: Place, instances: list[dict[str, Any]]) -> None:
-    """The cloud has launches the database never heard of: it was restored. Adopt them, and end nothing (C-34)."""
+async def _adopt(launcher: Launcher, place: Place, whose: Whose, instances: list[dict[str, Any]]) -> None:
+    """Remember instances that we may not end. Where the cloud has launches that the database never heard of, it was
+    restored, and nothing of the customer is ended until a person has compared the two (C-34)."""
+    if not instances:
+        return
     runtime = launcher.runtime
     rows = [
         {
@@ -143,19 +166,21 @@ async def _restored(launcher: Launcher, place: Place, instances: list[dict[str, 
             "region": place.region,
             "batch_id": _uuid(tags_of(instance).get(TAG_BATCH)),
             "launched_at": instance.get("LaunchTime"),
+            "reason": whose.value,
+            "instance_type": instance.get("InstanceType"),
         }
         for instance in instances
     ]
     reason = f"{len(rows)} instances carry our tag and are in no row: the database is older than they are"
     async with runtime.db.system() as conn:
         await repository.adopt_instances(conn, rows)
-        new = await repository.set_adopt_only(conn, place.customer_id, reason=reason)
+        new = whose is Whose.RESTORED and await repository.set_adopt_only(conn, place.customer_id, reason=reason)
     if new:
         metrics.ALARMS.labels("adopt_only").inc()
     log.error(
         "orphans.adopted",
         customer_id=str(place.customer_id),
-        reason=reason,
+        reason=reason if whose is Whose.RESTORED else whose.value,
         instance_ids=[row["instance_id"] for row in rows],
     )
 
@@ -167,12 +192,18 @@ async def _end(
     instances: dict[str, dict[str, Any]],
     instance_ids: list[str],
     counts: dict[UUID, int],
+    silent: set[UUID],
 ) -> int:
     by_cluster: dict[UUID | None, list[str]] = defaultdict(list)
     for instance_id in sorted(instance_ids):
         by_cluster[_uuid(tags_of(instances[instance_id]).get(TAG_CLUSTER))].append(instance_id)
     ended = 0
     for cluster_id, group in by_cluster.items():
+        if cluster_id in silent:
+            # It may have joined since: who did not hear from the agent does not know that it is no node with pods.
+            away = AwsError("TerminateInstances", "AgentAway", "the cluster's agent was not heard for two minutes")
+            await note_refused(launcher.runtime, facts, dict.fromkeys(group, away), "orphan", cluster_id=cluster_id)
+            continue
         most = allowed(counts.get(cluster_id, 0)) if cluster_id else 1
         if len(group) > most:
             metrics.ALARMS.labels("orphans_over_cap").inc()

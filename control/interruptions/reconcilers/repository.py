@@ -154,7 +154,7 @@ _ATTEMPTS = text("""
     WHERE a.customer_id = :customer_id AND a.instance_id = ANY(:instance_ids)
 """)
 _BATCHES = text("""
-    SELECT id, state FROM launch_batches WHERE customer_id = :customer_id AND id = ANY(:batch_ids)
+    SELECT id, state, client_token FROM launch_batches WHERE customer_id = :customer_id AND id = ANY(:batch_ids)
 """)
 
 
@@ -164,10 +164,33 @@ async def attempts_by_instance(conn: AsyncConnection, customer_id: UUID, instanc
     return {row.instance_id: row for row in await conn.execute(_ATTEMPTS, values)}
 
 
-async def batch_states(conn: AsyncConnection, customer_id: UUID, batch_ids: Sequence[UUID]) -> dict[UUID, str]:
-    """States of batches, by id."""
+async def batches(conn: AsyncConnection, customer_id: UUID, batch_ids: Sequence[UUID]) -> dict[UUID, Any]:
+    """States and tokens of calls, by id."""
     values = {"customer_id": customer_id, "batch_ids": list(batch_ids)}
-    return {row.id: row.state for row in await conn.execute(_BATCHES, values)}
+    return {row.id: row for row in await conn.execute(_BATCHES, values)}
+
+
+_READY_NODES = text("""
+    SELECT instance_id FROM nodes
+    WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
+      AND status IN ('ready', 'cordoned') AND terminated_at IS NULL
+""")
+_SILENT_CLUSTERS = text("""
+    SELECT c.id FROM clusters c JOIN customers m ON m.id = c.customer_id
+    WHERE c.customer_id = :customer_id AND c.status <> 'deleted' AND m.status NOT IN ('offboarding', 'offboarded')
+      AND (c.last_seen_at IS NULL OR c.last_seen_at < now() - interval '2 minutes')
+""")
+
+
+async def ready_nodes(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> set[str]:
+    """Which of the instances are Ready nodes by their agents' word: pods may run there."""
+    values = {"customer_id": customer_id, "instance_ids": list(instance_ids)}
+    return set((await conn.execute(_READY_NODES, values)).scalars())
+
+
+async def silent_clusters(conn: AsyncConnection, customer_id: UUID) -> set[UUID]:
+    """Clusters whose agent was not heard for two minutes: nobody knows which instances are their nodes now."""
+    return set((await conn.execute(_SILENT_CLUSTERS, {"customer_id": customer_id})).scalars())
 
 
 _NODE_COUNTS = text("""
@@ -201,7 +224,7 @@ async def set_adopt_only(conn: AsyncConnection, customer_id: UUID, *, reason: st
 
 
 async def adopt_instances(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Remember instances that carry our tags and that no row explains."""
+    """Remember instances that carry our tags and that we may not end."""
     await insert_rows(
         conn,
         "adopted_instances",
@@ -214,6 +237,20 @@ async def adopt_instances(conn: AsyncConnection, rows: Sequence[Mapping[str, Any
 _ADOPTED = text("""
     SELECT instance_id FROM adopted_instances WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
 """)
+
+
+# One that is not shown, or not with our tags, is none of our business any more.
+_MARK_ADOPTED = text("""
+    UPDATE adopted_instances SET ended_at = CASE WHEN instance_id = ANY(:alive) THEN NULL ELSE now() END
+    WHERE customer_id = :customer_id AND region = :region
+      AND (ended_at IS NOT NULL) = (instance_id = ANY(:alive))
+""")
+
+
+async def mark_adopted(conn: AsyncConnection, customer_id: UUID, region: str, *, alive: Sequence[str]) -> None:
+    """Say of a region's adopted instances which of them run."""
+    values = {"customer_id": customer_id, "region": region, "alive": list(alive)}
+    await conn.execute(_MARK_ADOPTED, values)
 
 
 async def adopted(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> set[str]:

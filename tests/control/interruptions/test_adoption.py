@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from control.interruptions.launching import Launcher
+from control.interruptions.reconcilers import alarms, orphans
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
 from warehouse.contracts import EventSource
+from warehouse.postgres.models import new_id
 
 OVER = ("shutting-down", "terminated")
 
@@ -91,3 +95,149 @@ async def test_what_is_not_shown_for_five_minutes_has_ended(stage: Stage, launch
     await stage.tenant.rows("UPDATE launch_batches SET first_called_at = now() - interval '6 minutes' RETURNING 1")
     await _ask_again(stage, launcher)
     assert [(attempt.state, attempt.intent) for attempt in await _attempts(stage)] == [("terminated", "planned")] * 2
+
+
+# --- what no living attempt explains
+
+
+async def _abandoned(stage: Stage, launcher: Launcher, *, joined: bool = False) -> str:
+    """An instance of ours, half an hour old, whose attempt was given up."""
+    stage.nodes_join = False
+    await _launch(stage, launcher)
+    (instance,) = stage.ours()
+    if joined:
+        await stage.tenant.node(instance.instance_id, availability_zone=instance.zone_name)
+    await stage.tenant.rows("UPDATE launch_attempts SET state = 'abandoned', instance_id = NULL RETURNING 1")
+    await stage.tenant.rows("UPDATE launch_intents SET state = 'exhausted' RETURNING 1")
+    await stage.tenant.rows("UPDATE launch_batches SET state = 'abandoned' RETURNING 1")
+    stage.aws._instances.by_id[instance.instance_id].launched_at -= 1800
+    return instance.instance_id
+
+
+async def _told(stage: Stage, launcher: Launcher, detector: str) -> Any:
+    """What the customer's health says by a detector; None when it is well or never was not."""
+    await alarms.run_once(launcher.runtime)
+    rows = await stage.tenant.rows(
+        "SELECT reason, remedy FROM intake_health WHERE detector = :d AND customer_id = :customer_id "
+        "AND state = 'degraded'",
+        d=detector,
+    )
+    return rows[0] if rows else None
+
+
+async def _round(stage: Stage, launcher: Launcher) -> int:
+    await stage.pass_rounds()
+    return await orphans.run_once(launcher)
+
+
+async def test_an_instance_of_a_dead_attempt_that_is_no_node_is_ended(stage: Stage, launcher: Launcher) -> None:
+    orphan = await _abandoned(stage, launcher)
+    assert await _round(stage, launcher) == 1
+    assert stage.state_of(orphan) in OVER
+
+
+async def test_a_ready_node_that_nothing_explains_is_adopted_and_not_ended(stage: Stage, launcher: Launcher) -> None:
+    node = await _abandoned(stage, launcher, joined=True)
+    assert await _round(stage, launcher) == 0
+    assert stage.state_of(node) == "running"
+    adopted = await stage.tenant.row("SELECT instance_id, reason FROM adopted_instances")
+    assert (adopted.instance_id, adopted.reason) == (node, "node")
+    customer = await stage.tenant.row("SELECT adopt_only_since FROM customers WHERE id = :customer_id")
+    assert customer.adopt_only_since is None, "everything else goes on"
+    assert await _told(stage, launcher, "adopted") is None, "it works"
+    # Out of its cluster, and EC2 still bills it.
+    await stage.tenant.rows("UPDATE nodes SET terminated_at = now() WHERE instance_id = :i RETURNING 1", i=node)
+    assert await _round(stage, launcher) == 0
+    assert node in (await _told(stage, launcher, "adopted")).reason
+    stage.aws.terminate(node)
+    await _round(stage, launcher)
+    assert await _told(stage, launcher, "adopted") is None
+
+
+async def test_a_node_that_becomes_ready_while_it_is_to_end_is_kept(
+    stage: Stage, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orphan = await _abandoned(stage, launcher)
+    describe = launcher.accounts.describe
+
+    async def and_joins(*arguments: Any) -> Any:
+        found = await describe(*arguments)
+        await stage.tenant.node(orphan)
+        return found
+
+    monkeypatch.setattr(launcher.accounts, "describe", and_joins)
+    assert await _round(stage, launcher) == 0
+    assert stage.state_of(orphan) == "running"
+
+
+async def test_while_its_agent_is_away_an_orphan_is_told_and_not_ended(stage: Stage, launcher: Launcher) -> None:
+    orphan = await _abandoned(stage, launcher)
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() - interval '3 minutes' RETURNING 1")
+    for _ in range(6):
+        assert await _round(stage, launcher) == 0
+        await stage.tenant.rows("UPDATE refused_endings SET next_at = now() RETURNING 1")
+    assert stage.state_of(orphan) == "running"
+    assert orphan in (await _told(stage, launcher, "ending")).reason
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
+    assert await _round(stage, launcher) == 1
+    assert stage.state_of(orphan) in OVER
+    assert await _told(stage, launcher, "ending") is None
+
+
+async def _copy(stage: Stage, original: str) -> str:
+    """Somebody launches "more like this" in the console: the tags come along, the token does not."""
+    (copied,) = await stage.launch_nodes()
+    await stage.tenant.rows("DELETE FROM nodes WHERE instance_id = :i RETURNING 1", i=copied)
+    instance = stage.aws._instances.by_id[copied]
+    instance.tags |= stage.aws._instances.by_id[original].tags
+    instance.client_token = str(new_id())
+    instance.launched_at -= 1800
+    return copied
+
+
+async def test_a_copy_of_our_instance_is_nobodys_to_end_but_its_owners(stage: Stage, launcher: Launcher) -> None:
+    await _launch(stage, launcher)
+    (original,) = stage.ours()
+    copied = await _copy(stage, original.instance_id)
+    assert await _round(stage, launcher) == 0
+    assert stage.state_of(copied) == "running"
+    adopted = await stage.tenant.row("SELECT instance_id, reason FROM adopted_instances")
+    assert (adopted.instance_id, adopted.reason) == (copied, "copied")
+    told = await _told(stage, launcher, "adopted")
+    assert copied in told.reason
+    assert "tags" in told.reason
+    # Its owner takes our tags off.
+    stage.aws._instances.by_id[copied].tags.clear()
+    await _round(stage, launcher)
+    assert await _told(stage, launcher, "adopted") is None
+
+
+async def test_a_copy_is_never_taken_for_the_launch_without_an_answer(stage: Stage, launcher: Launcher) -> None:
+    stage.nodes_join = False
+    stage.aws.inject(Fault("drop_after", action="RunInstances", nth=2))
+    await _launch(stage, launcher)
+    (original,) = stage.ours()
+    copied = await _copy(stage, original.instance_id)
+    stage.aws._instances.by_id[copied].launch_index = -1
+    await stage.tenant.rows(
+        "UPDATE launch_batches SET next_action_at = now(), first_called_at = now() - interval '11 minutes' RETURNING 1"
+    )
+    await launch_reconciler.run_once(launcher)
+    (attempt,) = await _attempts(stage)
+    assert (attempt.state, attempt.instance_id) == ("adopted", original.instance_id)
+
+
+async def test_what_was_adopted_and_never_joins_is_told_after_adopt_only_is_lifted(
+    stage: Stage, launcher: Launcher
+) -> None:
+    lost = await _abandoned(stage, launcher)
+    for table in ("launch_attempts", "launch_batches", "launch_intents"):
+        await stage.tenant.rows(f"DELETE FROM {table} RETURNING 1")
+    assert await _round(stage, launcher) == 0
+    await stage.tenant.rows("UPDATE customers SET adopt_only_since = NULL WHERE id = :customer_id RETURNING 1")
+    assert await _round(stage, launcher) == 0
+    told = await _told(stage, launcher, "adopted")
+    assert lost in told.reason
+    assert "USD/h" in told.reason
+    await stage.tenant.node(lost)
+    assert await _told(stage, launcher, "adopted") is None

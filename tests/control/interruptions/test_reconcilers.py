@@ -65,7 +65,7 @@ def _age(stage: Stage, seconds: float = 3600.0) -> None:
 
 
 async def _our_instance(stage: Stage, *, batch_id: UUID, tenant: UUID | None = None) -> str:
-    """An instance with our tags that no call of this test made."""
+    """An instance with our tags, and the token of its batch where there is one, that no attempt names."""
     keys = stage.aws.credentials(stage.tenant.account_id)
     gateway = AwsGateway(endpoint_url=stage.aws.url)
     tags = {
@@ -90,7 +90,10 @@ async def _our_instance(stage: Stage, *, batch_id: UUID, tenant: UUID | None = N
         credentials=Credentials(keys.access_key_id, keys.secret_access_key),
     )
     await gateway.close()
-    return answer["Instances"][0]["InstanceId"]
+    instance_id = answer["Instances"][0]["InstanceId"]
+    for batch in await stage.tenant.rows("SELECT client_token FROM launch_batches WHERE id = :id", id=batch_id):
+        stage.aws._instances.by_id[instance_id].client_token = batch.client_token
+    return instance_id
 
 
 def _state(stage: Stage, instance_id: str) -> str:

@@ -285,9 +285,15 @@ class RoundClaim(Base):
 
 
 class AdoptedInstance(Base):
-    """An instance with our tags of which the database knew nothing, because it was restored from before its launch."""
+    """An instance with our tags that we may not end.
+
+    ``reason``: the database knew nothing of it, because it was ``restored`` from before its launch; it is a Ready
+    ``node`` though its attempt was given up; or its tags were ``copied`` by whoever launched it. ``ended_at``: EC2
+    shows it no more with our tags.
+    """
 
     __tablename__ = "adopted_instances"
+    __table_args__ = (CheckConstraint(one_of("reason", "restored", "node", "copied"), name="reason"),)
 
     customer_id: Mapped[UUID] = mapped_column(ForeignKey("customers.id", ondelete="CASCADE"), primary_key=True)
     instance_id: Mapped[str] = mapped_column(primary_key=True)
@@ -296,6 +302,9 @@ class AdoptedInstance(Base):
     batch_id: Mapped[UUID | None]
     launched_at: Mapped[datetime | None]
     adopted_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    reason: Mapped[str] = mapped_column(server_default="restored")
+    instance_type: Mapped[str | None]
+    ended_at: Mapped[datetime | None]
 
 
 class LifecycleAction(Base):
