@@ -110,6 +110,14 @@ async def test_earliest_deadline_comes_first_and_the_overdue_never(db, cluster):
     assert [task.deadline is None for task in rest] == [False, True]
 
 
+async def test_of_equal_deadlines_interruption_work_comes_first(db, cluster):
+    deadline = datetime.now(UTC) + timedelta(seconds=100)
+    await create(db, new_task(cluster, "plan", deadline_at=deadline))
+    (drain,) = await create(db, new_task(cluster, "drain", deadline_at=deadline, priority=0))
+    (first,) = await lease(db, cluster, limit=1)
+    assert first.task_id == drain
+
+
 async def test_two_agents_never_hold_one_task(db, cluster):
     await create(db, *(new_task(cluster) for _ in range(200)))
     batches = await asyncio.gather(*(lease(db, cluster, agent=f"a{n % 8}", limit=25) for n in range(8)))
@@ -163,6 +171,36 @@ async def test_a_lost_lease_goes_to_another_and_fences_the_first(db, cluster):
         assert list(kept) == [False, True]
 
 
+async def test_a_task_that_was_swept_back_is_its_holders_until_another_takes_it(db, cluster):
+    kept, lost = await create(db, new_task(cluster, "kept"), new_task(cluster, "lost"))
+    zombies = {task.task_id: task for task in await lease(db, cluster, agent="zombie")}
+    for task_id in (kept, lost):
+        await end_lease(db, task_id)
+    async with db.system() as conn:
+        moved = {task.task_id for task in await repository.requeue_expired_leases(conn)}
+    assert {kept, lost} <= moved
+    again = await report(db, cluster, zombies[kept], TaskStatus.RUNNING)
+    assert (again.applied, again.state) == (True, "leased"), "nobody else began it"
+    (heir,) = await lease(db, cluster, agent="heir")
+    assert (heir.task_id, heir.lease_epoch) == (lost, zombies[lost].lease_epoch + 1)
+    late = await report(db, cluster, zombies[lost])
+    assert (late.applied, late.stale, late.state) == (False, True, "leased")
+
+
+async def test_an_earlier_deadline_is_offered_to_the_holder_and_to_nobody_else(db, cluster):
+    await create(db, new_task(cluster, deadline_at=datetime.now(UTC) + timedelta(seconds=100)))
+    (held,) = await lease(db, cluster, agent="holder")
+    await report(db, cluster, held, TaskStatus.RUNNING)
+    async with db.system() as conn:
+        await conn.execute(
+            text("UPDATE agent_tasks SET deadline_at = deadline_at - interval '60 seconds' WHERE id = :id"),
+            {"id": held.task_id},
+        )
+    assert await lease(db, cluster, agent="other") == []
+    (again,) = await lease(db, cluster, agent="holder")
+    assert (again.task_id, again.lease_epoch) == (held.task_id, held.lease_epoch)
+
+
 async def test_running_extends_the_lease_and_marks_the_cordon(db, cluster):
     await create(db, new_task(cluster))
     (task,) = await lease(db, cluster)
@@ -193,6 +231,7 @@ async def test_sweeps_requeue_and_expire(db, cluster):
     await create(
         db,
         new_task(cluster, "open"),
+        new_task(cluster, "alive"),
         new_task(cluster, "dead", deadline_at=now + timedelta(milliseconds=300)),
         new_task(cluster, "held", deadline_at=now + timedelta(milliseconds=300)),
     )
@@ -208,18 +247,33 @@ async def test_sweeps_requeue_and_expire(db, cluster):
     async with db.system() as conn:
         requeued = {moved.task_id for moved in await repository.requeue_expired_leases(conn)}
         expired = {moved.task_id for moved in await repository.expire_overdue_tasks(conn)}
+        told = await conn.execute(
+            text(
+                "SELECT payload ->> 'task_id' AS id FROM outbox "
+                "WHERE customer_id = :c AND topic = 'task.finished' AND payload ->> 'state' = 'expired'"
+            ),
+            {"c": cluster[0]},
+        )
+        assert [row.id for row in told] == [str(by_key["dead"])]
     assert by_key["open"] in requeued
-    assert by_key["dead"] in expired
-    assert by_key["held"] not in requeued | expired
+    assert by_key["dead"] in expired - requeued
+    assert not {by_key["held"], by_key["alive"]} & (requeued | expired)
     assert (await report(db, cluster, tasks[by_key["held"]])).applied, "a holder that is alive may finish late"
     assert (await report(db, cluster, tasks[by_key["dead"]])).stale
 
 
-async def test_a_stopped_cluster_is_given_interruption_work_only(db, cluster):
-    await create(db, new_task(cluster, "plan"), new_task(cluster, "interruption", interruption_id=new_id()))
+@pytest.mark.parametrize(("switched", "of"), [("clusters", 1), ("customers", 0)])
+async def test_a_stopped_cluster_is_given_interruption_work_and_what_is_harmless(db, cluster, switched, of):
+    await create(db, new_task(cluster, "plan"))
+    given = await create(
+        db,
+        new_task(cluster, "interruption", interruption_id=new_id()),
+        new_task(cluster, "uncordon", task_type=TaskType.UNCORDON_NODE),
+        new_task(cluster, "state", task_type=TaskType.COLLECT_STATE),
+    )
     async with db.system() as conn:
-        await conn.execute(text("UPDATE clusters SET kill_switch = true WHERE id = :id"), {"id": cluster[1]})
-    assert len(await lease(db, cluster)) == 1
+        await conn.execute(text(f"UPDATE {switched} SET kill_switch = true WHERE id = :id"), {"id": cluster[of]})
+    assert {task.task_id for task in await lease(db, cluster)} == set(given)
 
 
 async def test_a_task_of_another_cluster_cannot_be_reported(db, cluster):
