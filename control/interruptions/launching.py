@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.gateways.aws import AwsError
-from control.interruptions import answers, launch_repository, metrics
+from control.interruptions import answers, launch_repository, metrics, wanted_repository
 from control.interruptions.accounts import Accounts
 from control.interruptions.answers import Meaning
 from control.interruptions.calling import THROTTLED_SECONDS, Calls, heartbeat
@@ -164,9 +164,9 @@ class Launcher:
             standings = await launch_repository.standings(conn, cluster.customer_id, cluster.region)
             locked = await launch_repository.lock_intents(conn, [intent.id for intent in intents])
             attempts = await launch_repository.attempts_of(conn, list(locked))
-            overtaken = await launch_repository.overtaken_intents(conn, list(locked))
-            replaced = await launch_repository.replaced_intents(conn, list(locked))
-            spare = await launch_repository.spare_intents(conn, list(locked))
+            overtaken = await wanted_repository.overtaken_intents(conn, list(locked))
+            replaced = await wanted_repository.replaced_intents(conn, list(locked))
+            spare = await wanted_repository.spare_intents(conn, list(locked))
             planned: list[Planned] = []
             waiting: list[UUID] = []
             moves = Moves(self.runtime.db.now())

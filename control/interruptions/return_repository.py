@@ -11,9 +11,9 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control.interruptions.launch_repository import GOING
 from control.interruptions.repository import to_json
 from control.interruptions.return_rule import PoolRecord, StandIn
+from control.interruptions.wanted_repository import GOING
 
 TYPE = "return_to_spot"
 # A maintenance of next week is an interruption too, and no reason to wait until then.
