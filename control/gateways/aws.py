@@ -29,6 +29,7 @@ from uuid import UUID
 
 import aiohttp
 import botocore.session
+import msgspec
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
@@ -447,10 +448,7 @@ class AwsGateway:
             credentials,
             timeout_seconds,
         )
-        try:
-            answer = json.loads(response.content) if response.content else {}
-        except ValueError:
-            answer = None
+        answer = _json(response.content) if response.content else {}
         if not isinstance(answer, dict):
             raise AwsError(operation, "BadAnswer", f"HTTP {response.status}", status=response.status)
         if response.status >= 300:
@@ -459,6 +457,18 @@ class AwsGateway:
             message = str(answer.get("message") or answer.get("Message") or "")
             raise AwsError(operation, code.rsplit("#", 1)[-1] or "Unknown", message[:300], status=response.status)
         return answer
+
+
+def _json(content: bytes) -> Any:
+    """A JSON document, or None. Ten bodies of 1 MiB must not hold up the process for longer than they have to."""
+    try:
+        return msgspec.json.decode(content)
+    except msgspec.DecodeError:
+        # Stricter than the standard library about text that is no Unicode; such a body is to be judged, not the answer.
+        try:
+            return json.loads(content)
+        except ValueError:
+            return None
 
 
 def client_token() -> str:

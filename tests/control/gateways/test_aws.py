@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 
@@ -112,6 +114,26 @@ async def test_receive_and_delete(aws: SandboxAWS, gateway: AwsGateway) -> None:
     assert all(message.sent_at is not None and message.receive_count == 1 for message in messages)
     assert await gateway.delete(queue, [m.receipt_handle for m in messages], credentials=credentials) == []
     assert aws.queue_depth(ACCOUNT) == (0, 0)
+
+
+async def test_a_body_that_is_no_unicode_spoils_no_answer(aws: SandboxAWS, gateway: AwsGateway) -> None:
+    """Half a surrogate pair: the message is to be judged, and the nine beside it to be read."""
+    messages = [{"MessageId": name, "ReceiptHandle": name, "Body": name} for name in ("good", "bad")]
+    answer = json.dumps({"Messages": messages}).replace('"Body": "bad"', r'"Body": "\ud800"').encode()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    peer = AwsGateway(endpoint_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    queue = peer.queue(aws.accounts()[0].queue_url)
+    received = await peer.receive(queue, credentials=await gateway.own_credentials(), wait_seconds=0)
+    assert [message.body for message in received] == ["good", "\ud800"]
+    await peer.close()
+    server.close()
 
 
 async def test_pages_are_followed_to_the_end(aws: SandboxAWS, gateway: AwsGateway) -> None:
