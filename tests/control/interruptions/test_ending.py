@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,12 +20,11 @@ from control.interruptions.reconcilers import alarms, deadlines, leaving, never_
 from control.interruptions.reconcilers import ending as ending_module
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import Ending
-from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from control.settings import get_settings
 from tests.control.api import Api, serving, settings_for
 from tests.control.interruptions.harness import Stage
-from warehouse.contracts import EventSource
+from tests.control.interruptions.replacements import launched, never_ready_replacements
 
 OVER = ("shutting-down", "terminated")
 
@@ -36,36 +34,6 @@ async def api(stage: Stage) -> AsyncIterator[Api]:
     """The API over the stage's database and AWS."""
     async with serving(settings_for(stage.database_url, stage.redis_url, AWS_ENDPOINT_URL=stage.aws.url)) as running:
         yield running
-
-
-async def _launched(stage: Stage, launcher: Launcher, count: int = 1, *, fault: Fault | None = None) -> list[str]:
-    """Instances launched in the place of interrupted ones, which have not joined."""
-    stage.join_seconds = 3600
-    for instance in await stage.launch_nodes(count):
-        warning = json.dumps(stage.tenant.warning(instance))
-        await ingest(stage.db, await stage.tenant.facts(), [Received(warning, EventSource.SQS)])
-    if fault is not None:
-        stage.aws.inject(fault)
-
-    async def called() -> bool:
-        # Not every pool that is priced offers the type: the ladder goes on.
-        await launcher.plan_round()
-        await launcher.finish_calls(10)
-        return not await stage.tenant.rows("SELECT 1 FROM launch_intents WHERE state = 'planned'")
-
-    await stage.until(called, 10)
-    rows = await stage.tenant.rows(
-        "SELECT instance_id FROM launch_attempts WHERE customer_id = :customer_id AND state = 'launched' ORDER BY id"
-    )
-    return [row.instance_id for row in rows]
-
-
-async def _never_ready(stage: Stage, launcher: Launcher, count: int = 1) -> list[str]:
-    found = await _launched(stage, launcher, count)
-    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() RETURNING 1")
-    await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
-    assert await never_ready.run_once(launcher.runtime) == count
-    return found
 
 
 async def _health(stage: Stage, detector: str) -> Any:
@@ -99,7 +67,7 @@ def _protect(stage: Stage, instance_id: str) -> None:
 
 
 async def test_a_protected_instance_is_told_and_holds_up_no_other(stage: Stage, launcher: Launcher) -> None:
-    protected, *others = await _never_ready(stage, launcher, 3)
+    protected, *others = await never_ready_replacements(stage, launcher, 3)
     _protect(stage, protected)
     ending = Ending(launcher)
     for _ in others:
@@ -142,7 +110,7 @@ async def test_a_protected_instance_is_told_and_holds_up_no_other(stage: Stage, 
 
 
 async def test_a_protected_replacement_keeps_no_interruption_open(stage: Stage, launcher: Launcher) -> None:
-    (protected,) = await _never_ready(stage, launcher)
+    (protected,) = await never_ready_replacements(stage, launcher)
     _protect(stage, protected)
     assert await Ending(launcher).run_once() == 0
     await stage.until(lambda: _drained(stage), 10)
@@ -167,7 +135,7 @@ async def _drained(stage: Stage) -> bool:
 
 
 async def test_a_protected_orphan_holds_up_no_other(stage: Stage, launcher: Launcher) -> None:
-    orphaned = sorted(await _launched(stage, launcher, 3))
+    orphaned = sorted(await launched(stage, launcher, 3))
     await stage.tenant.rows("UPDATE launch_attempts SET state = 'abandoned' RETURNING 1")
     for instance in stage.aws._instances.by_id.values():
         instance.launched_at -= 3600
@@ -186,9 +154,9 @@ async def test_an_account_that_does_not_answer_holds_up_no_other(
     monkeypatch.setattr(ending_module, "INTERVAL_SECONDS", 0.5)
     monkeypatch.setattr(launch_reconciler, "INTERVAL_SECONDS", 0.5)
     silent = stage.tenant
-    (unended,) = await _never_ready(stage, launcher)
+    (unended,) = await never_ready_replacements(stage, launcher)
     other = stage.tenant = await stage.add_customer()
-    (ended,) = await _never_ready(stage, launcher)
+    (ended,) = await never_ready_replacements(stage, launcher)
     hang = {"mode": "hang", "account_id": silent.account_id, "count": None, "seconds": 2.0}
     stage.aws.inject(Fault(**hang))
     assert await Ending(launcher).run_once() == 1
@@ -199,7 +167,7 @@ async def test_an_account_that_does_not_answer_holds_up_no_other(
     for tenant in (silent, other):
         stage.tenant = tenant
         lost = Fault("drop_before", action="RunInstances", account_id=tenant.account_id)
-        await _launched(stage, launcher, fault=lost)
+        await launched(stage, launcher, fault=lost)
     stage.aws.inject(Fault(**hang))
     await stage.tenant.rows("UPDATE launch_batches SET next_action_at = now() RETURNING 1")
     assert await launch_reconciler.run_once(launcher) == 2
@@ -210,7 +178,7 @@ async def test_an_account_that_does_not_answer_holds_up_no_other(
 
 
 async def test_a_node_that_became_ready_after_all_is_kept(stage: Stage, launcher: Launcher) -> None:
-    (instance,) = await _never_ready(stage, launcher)
+    (instance,) = await never_ready_replacements(stage, launcher)
     await stage.tenant.node(instance)
     assert await Ending(launcher).run_once() == 0
     attempt = await _attempt(stage, instance)
@@ -219,7 +187,7 @@ async def test_a_node_that_became_ready_after_all_is_kept(stage: Stage, launcher
 
 
 async def test_while_its_agent_is_away_a_replacement_is_told_and_not_ended(stage: Stage, launcher: Launcher) -> None:
-    (instance,) = await _launched(stage, launcher)
+    (instance,) = await launched(stage, launcher)
     await stage.tenant.rows("UPDATE launch_attempts SET launched_at = now() - interval '11 minutes' RETURNING 1")
     away = "UPDATE clusters SET last_seen_at = now() - interval '12 minutes' RETURNING 1"
     await stage.tenant.rows(away)
@@ -249,7 +217,7 @@ async def test_while_its_agent_is_away_a_replacement_is_told_and_not_ended(stage
 async def test_a_launch_nobody_can_ask_about_any_more_is_told_until_the_role_is_back(
     stage: Stage, launcher: Launcher
 ) -> None:
-    await _launched(stage, launcher, fault=Fault("drop_after", action="RunInstances", count=None))
+    await launched(stage, launcher, fault=Fault("drop_after", action="RunInstances", count=None))
     (instance,) = stage.ours()
     stage.aws.revoke_role(stage.tenant.account_id)
     stage.aws.expire_credentials(stage.tenant.account_id)
@@ -281,7 +249,7 @@ async def test_a_launch_nobody_can_ask_about_any_more_is_told_until_the_role_is_
 async def test_off_boarding_ends_what_is_in_flight_before_it_gives_up_the_role(
     stage: Stage, launcher: Launcher, api: Api
 ) -> None:
-    await _launched(stage, launcher, fault=Fault("drop_after", action="RunInstances"))
+    await launched(stage, launcher, fault=Fault("drop_after", action="RunInstances"))
     (instance,) = stage.ours()
     path = f"/customers/{stage.tenant.customer_id}"
     answer = await api.call("DELETE", path)
@@ -310,7 +278,7 @@ async def test_off_boarding_ends_what_is_in_flight_before_it_gives_up_the_role(
 async def test_what_cannot_be_ended_because_the_role_is_gone_is_told_and_can_be_left_behind(
     stage: Stage, launcher: Launcher, api: Api
 ) -> None:
-    (instance,) = await _launched(stage, launcher)
+    (instance,) = await launched(stage, launcher)
     path = f"/customers/{stage.tenant.customer_id}"
     stage.aws.revoke_role(stage.tenant.account_id)
     stage.aws.expire_credentials(stage.tenant.account_id)
@@ -341,7 +309,7 @@ async def test_what_cannot_be_ended_because_the_role_is_gone_is_told_and_can_be_
 
 
 async def test_a_deleted_clusters_replacement_that_never_joined_is_ended(stage: Stage, launcher: Launcher) -> None:
-    (instance,) = await _launched(stage, launcher)
+    (instance,) = await launched(stage, launcher)
     async with stage.db.system() as conn:
         await conn.execute(
             text("UPDATE clusters SET status = 'deleted' WHERE id = :id"), {"id": stage.tenant.cluster_id}
@@ -357,7 +325,7 @@ async def test_a_deleted_clusters_replacement_that_never_joined_is_ended(stage: 
 async def test_adopt_only_is_one_customers_and_lifted_by_a_person(
     stage: Stage, launcher: Launcher, api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (lost,) = await _launched(stage, launcher)
+    (lost,) = await launched(stage, launcher)
     await stage.tenant.rows("DELETE FROM launch_attempts RETURNING 1")
     await stage.tenant.rows("DELETE FROM launch_batches RETURNING 1")
     await stage.tenant.rows("DELETE FROM launch_intents RETURNING 1")
@@ -375,7 +343,7 @@ async def test_adopt_only_is_one_customers_and_lifted_by_a_person(
     assert "adopt-only" in told["remedy"]
     assert (await api.ok("GET", f"/customers/{other.customer_id}"))["adopt_only"] is None
 
-    (ending,) = await _never_ready(stage, launcher)
+    (ending,) = await never_ready_replacements(stage, launcher)
     assert await Ending(launcher).run_once() == 0
     monkeypatch.setenv("DATABASE_URL", stage.database_url)
     monkeypatch.setenv("REDIS_URL", stage.redis_url)

@@ -116,6 +116,15 @@ async def test_a_warning_the_queue_never_brought_is_found_by_the_poll(stage: Sta
     assert await missed.run_once(launcher) == 0
 
 
+async def test_warnings_of_other_machines_of_the_account_are_left_alone(stage: Stage, launcher: Launcher) -> None:
+    _, machine = await stage.launch_nodes(2)
+    await stage.tenant.rows("DELETE FROM nodes WHERE instance_id = :i RETURNING 1", i=machine)
+    stage.aws.interrupt(machine)
+    assert await missed.run_once(launcher) == 0
+    for table in ("interruptions", "inbox_messages", "spot_events"):
+        assert await stage.tenant.rows(f"SELECT 1 FROM {table}") == []
+
+
 async def test_an_instance_that_ended_without_a_word_is_found_by_the_poll(stage: Stage, launcher: Launcher) -> None:
     instance, _ = await stage.launch_nodes(2)
     stage.agent_works = False

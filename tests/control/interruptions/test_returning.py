@@ -16,6 +16,7 @@ from control.interruptions.caps import Caps
 from control.interruptions.choosing import Limits, Market, TypeFacts
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import invariants, ready
+from control.interruptions.reconcilers.ending import claim_endings
 from control.interruptions.return_rule import (
     AFTER_FAILURE,
     Move,
@@ -465,6 +466,32 @@ async def test_a_node_lost_while_its_return_launches_waits_for_that_launch(stage
     await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(old)), EventSource.SQS)])
     await _launch(stage, launcher)
     assert len(_running(stage)) == 2, "the node that is lost, and one in its place"
+
+
+@pytest.mark.parametrize("held", ["round", "adopt_only"])
+async def test_the_old_node_waits_for_its_clusters_round_and_for_a_person(
+    stage: Stage, launcher: Launcher, held: str
+) -> None:
+    """Another loop, or worker, ended an instance of the cluster a moment ago; or the database was restored."""
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    await _advance_until_drained(stage, launcher)
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    adopt_only = "UPDATE customers SET adopt_only_since = {} WHERE id = :customer_id RETURNING 1"
+    if held == "round":
+        assert await claim_endings(launcher.runtime, stage.tenant.cluster_id)
+    else:
+        await stage.tenant.rows(adopt_only.format("now()"))
+    await returning.advance(launcher)
+    assert _alive(stage, old)
+    if held == "round":
+        await _again(stage)
+    else:
+        await stage.tenant.rows(adopt_only.format("NULL"))
+    await returning.advance(launcher)
+    assert not _alive(stage, old)
+    assert (await _plan(stage)).status == "succeeded"
 
 
 async def test_an_old_node_that_lost_our_tag_is_never_ended(stage: Stage, launcher: Launcher) -> None:
