@@ -53,6 +53,16 @@ RENEW_AGAIN_SECONDS = 15.0
 ASSUMING_AT_ONCE = 32
 # The request was turned away before anything was done with it: the same again, a little later.
 THROTTLE_CODES = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"})
+# Reading changes nothing, and a session is not kept.
+READS = ("Describe", "Get", "AssumeRole")
+# What else may be called: the parameter by which AWS, or we, know a repetition, and the column in which it stands
+# before the first call (R-15). Anything that is not here is not sent.
+EFFECTS = {
+    "RunInstances": ("ClientToken", "launch_batches.client_token"),
+    "TerminateInstances": ("InstanceIds", "launch_attempts.instance_id"),
+    "RecordLifecycleActionHeartbeat": ("LifecycleActionToken", "lifecycle_actions.token"),
+    "CompleteLifecycleAction": ("LifecycleActionToken", "lifecycle_actions.token"),
+}
 # SQS's longest wait; the read may take that long plus the network.
 LONG_POLL_SECONDS = 20
 LONG_POLL_GRACE_SECONDS = 10.0
@@ -273,7 +283,14 @@ class AwsGateway:
 
         Raises:
             AwsError: with AWS's code, or the reason there was no answer.
+            ValueError: it would change something and has no key to know a repetition by (``EFFECTS``); not sent.
         """
+        if not operation.startswith(READS):
+            key, _ = EFFECTS.get(operation, ("", ""))
+            if not parameters.get(key):
+                raise ValueError(
+                    f"{operation} changes something and is sent with its key only: {key or 'none is known'}"
+                )
         model, serializer, parser = _service(service)
         shape = model.operation_model(operation)
         request = serializer.serialize_to_request(parameters, shape)

@@ -6,13 +6,14 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from control.gateways.aws import AwsError, AwsGateway, Role, client_token
+from control.gateways.aws import EFFECTS, AwsError, AwsGateway, Role, client_token
 from control.sandbox.aws import SandboxAWS
 from control.sandbox.aws.faults import Fault
-from warehouse.postgres.models import new_id
+from warehouse.postgres.models import Base, new_id
 
 ACCOUNT = "123456789012"
 EXTERNAL_ID = "b1f7d0f2-8a0e-4d1e-9c55-3b7a7f0f6a11"
@@ -114,6 +115,33 @@ async def test_receive_and_delete(aws: SandboxAWS, gateway: AwsGateway) -> None:
     assert all(message.sent_at is not None and message.receive_count == 1 for message in messages)
     assert await gateway.delete(queue, [m.receipt_handle for m in messages], credentials=credentials) == []
     assert aws.queue_depth(ACCOUNT) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "parameters"),
+    [
+        ("RunInstances", {"ImageId": "ami-1", "MinCount": 1, "MaxCount": 1}),
+        ("RunInstances", {"ImageId": "ami-1", "MinCount": 1, "MaxCount": 1, "ClientToken": ""}),
+        ("TerminateInstances", {"InstanceIds": []}),
+        ("StopInstances", {"InstanceIds": ["i-0123456789abcdef0"]}),
+    ],
+)
+async def test_what_changes_something_is_sent_with_its_key_only(
+    aws: SandboxAWS, gateway: AwsGateway, operation: str, parameters: dict[str, Any]
+) -> None:
+    """R-15"""
+    credentials = await gateway.own_credentials()
+    with pytest.raises(ValueError, match=operation):
+        await gateway.call("ec2", operation, parameters, region="us-east-1", credentials=credentials)
+    assert not list(aws.history(action=operation))
+
+
+def test_every_key_has_a_column_of_its_own() -> None:
+    """R-15: it stands in the database before the first call; tasks, events and notifications have theirs too."""
+    internal = ("agent_tasks.dedupe_key", "outbox.id", "notifications.dedupe_key")
+    for name in (*(column for _, column in EFFECTS.values()), *internal):
+        table, _, column = name.partition(".")
+        assert column in Base.metadata.tables[table].columns, name
 
 
 async def test_a_body_that_is_no_unicode_spoils_no_answer(aws: SandboxAWS, gateway: AwsGateway) -> None:

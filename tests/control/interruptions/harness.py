@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from control.agents import repository as tasks
 from control.bus.bells import Bells
-from control.gateways.aws import AwsGateway, Credentials
+from control.gateways.aws import AwsGateway, Credentials, client_token
 from control.interruptions.repository import insert_rows
 from control.sandbox.aws.instances import Instance
 from control.sandbox.aws.server import SandboxAWS, SandboxConfig
@@ -84,6 +84,7 @@ class Stage:
                 "InstanceType": instance_type,
                 "MinCount": count,
                 "MaxCount": count,
+                "ClientToken": client_token(),
                 "InstanceMarketOptions": {"MarketType": "spot"},
             },
             region=self.tenant.region,

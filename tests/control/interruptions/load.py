@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from control.agents.repository import lease_tasks, record_report
 from control.bus.bells import POLL_SECONDS
-from control.gateways.aws import AwsGateway, Credentials
+from control.gateways.aws import AwsGateway, Credentials, client_token
 from control.interruptions.repository import insert_rows
 from tests.control.interruptions.harness import Stage
 from warehouse.contracts import TaskResult, TaskStatus
@@ -72,6 +72,7 @@ class Load:
                     "InstanceType": "m5.large",
                     "MinCount": size,
                     "MaxCount": size,
+                    "ClientToken": client_token(),
                     "InstanceMarketOptions": {"MarketType": "spot"},
                 },
                 region=self.stage.tenant.region,

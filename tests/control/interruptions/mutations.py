@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from control.agents import repository as tasks
+from control.gateways import aws
 from control.gateways.aws import AwsGateway
 from control.interruptions import freezing, launch_repository, parsing
 from control.interruptions.calling import Calls
@@ -34,6 +35,8 @@ def no_client_token(patch: pytest.MonkeyPatch) -> None:
         return json.dumps(request)
 
     patch.setattr(freezing, "run_instances_request", without_token)
+    patch.delitem(aws.EFFECTS, "RunInstances")
+    patch.setattr(aws, "READS", (*aws.READS, "RunInstances"))
 
 
 def naive_launcher(patch: pytest.MonkeyPatch) -> None:

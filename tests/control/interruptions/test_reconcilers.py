@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 from prometheus_client import REGISTRY
 
-from control.gateways.aws import AwsGateway, Credentials
+from control.gateways.aws import AwsGateway, Credentials, client_token
 from control.interruptions import closing
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import (
@@ -82,6 +82,7 @@ async def _our_instance(stage: Stage, *, batch_id: UUID, tenant: UUID | None = N
             "InstanceType": "m5.large",
             "MinCount": 1,
             "MaxCount": 1,
+            "ClientToken": client_token(),
             "TagSpecifications": [
                 {"ResourceType": "instance", "Tags": [{"Key": k, "Value": v} for k, v in tags.items()]}
             ],
