@@ -18,6 +18,8 @@ class Meaning(StrEnum):
     THROTTLED = "throttled"
     MISMATCH = "mismatch"
     ENDED = "ended"
+    # The call was not made.
+    WITHDRAWN = "withdrawn"
 
 
 # Nothing was launched because of the pool: another pool may do.
@@ -96,6 +98,14 @@ def read(error: AwsError) -> Reading:
     else:
         meaning = Meaning.UNKNOWN
     return Reading(meaning, code, error.message[:500])
+
+
+def of_no_call(error: AwsError) -> Reading:
+    """What it means when the account's credentials could not be had and nothing was sent: the account is to be mended,
+    or asked again soon. No pool has refused, and nothing can have been launched."""
+    refused = error.definite and error.code not in THROTTLE_CODES | EXPIRED_CODES
+    denied = refused or error.code in DENIED_CODES
+    return Reading(Meaning.DENIED if denied else Meaning.THROTTLED, error.code, error.message[:500])
 
 
 def of_a_retry(reading: Reading) -> Reading:

@@ -19,8 +19,8 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control.gateways.aws import AwsError, Role
-from control.interruptions import answers, launch_repository, metrics, pools, repository
+from control.gateways.aws import AwsError, Credentials, Role
+from control.interruptions import answers, launch_repository, metrics, pools, repository, wanted_repository
 from control.interruptions.accounts import Accounts
 from control.interruptions.answers import Meaning, Reading
 from control.interruptions.launch_repository import BatchRow, ClusterFacts
@@ -35,6 +35,7 @@ from control.interruptions.states import (
     Mismatched,
     Refused,
     Unanswered,
+    Withdrawn,
 )
 from control.interruptions.templates import is_alive
 
@@ -100,26 +101,45 @@ class Calls:
         return heartbeat(self.runtime, partial(launch_repository.keep_batch, batch=batch))
 
     async def call(self, batch: BatchRow, cluster: ClusterFacts) -> None:
-        """Send a frozen request, once, and record what became of it."""
-        held_at = time.monotonic()
-        async with self.runtime.db.system() as conn:
-            calls = await launch_repository.note_call(conn, batch)
-            if not calls:
-                return
+        """Send a frozen request, once, and record what became of it; or withdraw it, when it was never sent and is not
+        to be any more."""
         async with self.holding(batch):
-            await self._call(batch, cluster, first=calls == 1, held_at=held_at)
+            async with self.runtime.db.system() as conn:
+                withheld = await wanted_repository.withheld(conn, batch)
+            if withheld:
+                await self.record(batch, Reading(Meaning.WITHDRAWN, "Withdrawn", withheld))
+                return
+            try:
+                credentials = await self.accounts.credentials(cluster)
+            except AwsError as error:
+                self._forget(error, cluster)
+                reading = answers.of_a_retry(answers.read(error)) if batch.calls else answers.of_no_call(error)
+                await self.record(batch, reading)
+                return
+            held_at = time.monotonic()
+            async with self.runtime.db.system() as conn:
+                # Once more: the account may have taken its time.
+                withheld = await wanted_repository.withheld(conn, batch)
+                calls = 0 if withheld else await launch_repository.note_call(conn, batch)
+            if withheld:
+                await self.record(batch, Reading(Meaning.WITHDRAWN, "Withdrawn", withheld))
+            elif calls:
+                await self._call(batch, cluster, credentials, first=calls == 1, held_at=held_at)
+            else:
+                log.warning("launch.not_ours_any_more", batch_id=str(batch.id), epoch=batch.lease_epoch)
 
-    async def _call(self, batch: BatchRow, cluster: ClusterFacts, *, first: bool, held_at: float) -> None:
+    async def _call(
+        self, batch: BatchRow, cluster: ClusterFacts, credentials: Credentials, *, first: bool, held_at: float
+    ) -> None:
+        # Who was away for a lease, frozen, may have been followed by one whose call was refused and who went on to
+        # another pool: the same token would launch now, beside that.
+        while time.monotonic() - held_at > launch_repository.LEASE_SECONDS / 2:
+            held_at = time.monotonic()
+            async with self.runtime.db.system() as conn:
+                if not await launch_repository.keep_batch(conn, batch):
+                    log.warning("launch.not_ours_any_more", batch_id=str(batch.id), epoch=batch.lease_epoch)
+                    return
         try:
-            credentials = await self.accounts.credentials(cluster)
-            # Who was away for a lease, waiting for an account or frozen, may have been followed by one whose call was
-            # refused and who went on to another pool: the same token would launch now, beside that.
-            while time.monotonic() - held_at > launch_repository.LEASE_SECONDS / 2:
-                held_at = time.monotonic()
-                async with self.runtime.db.system() as conn:
-                    if not await launch_repository.keep_batch(conn, batch):
-                        log.warning("launch.not_ours_any_more", batch_id=str(batch.id), epoch=batch.lease_epoch)
-                        return
             answer = await self.runtime.aws.call(
                 "ec2",
                 "RunInstances",
@@ -128,8 +148,7 @@ class Calls:
                 credentials=credentials,
             )
         except AwsError as error:
-            if error.code in answers.EXPIRED_CODES and cluster.role_arn:
-                self.runtime.aws.forget(Role(cluster.customer_id, cluster.role_arn, cluster.external_id))
+            self._forget(error, cluster)
             reading = answers.read(error)
             if reading.meaning is Meaning.ENDED and batch.size > 1:
                 await self._some_ended(batch, cluster, reading)
@@ -142,6 +161,10 @@ class Calls:
         await self.record(
             batch, Reading(Meaning.LAUNCHED, "", ""), instance_ids=[item["InstanceId"] for item in instances]
         )
+
+    def _forget(self, error: AwsError, cluster: ClusterFacts) -> None:
+        if error.code in answers.EXPIRED_CODES and cluster.role_arn:
+            self.runtime.aws.forget(Role(cluster.customer_id, cluster.role_arn, cluster.external_id))
 
     async def _some_ended(self, batch: BatchRow, cluster: ClusterFacts, reading: Reading) -> None:
         """EC2 says "an instance" of this token was terminated, and not which of several: the living are adopted, the
@@ -246,6 +269,8 @@ def event_of(
             return Unanswered()
         case Meaning.THROTTLED:
             return None
+        case Meaning.WITHDRAWN:
+            return Withdrawn(reading.message)
 
 
 def batch_after(reading: Reading, *, abandoned: bool) -> tuple[str | None, float]:
@@ -255,7 +280,7 @@ def batch_after(reading: Reading, *, abandoned: bool) -> tuple[str | None, float
     match reading.meaning:
         case Meaning.LAUNCHED | Meaning.ENDED:
             return "answered", 0.0
-        case Meaning.REFUSED | Meaning.DENIED:
+        case Meaning.REFUSED | Meaning.DENIED | Meaning.WITHDRAWN:
             return "failed", 0.0
         case Meaning.THROTTLED:
             return None, random.uniform(*THROTTLED_SECONDS)

@@ -16,6 +16,7 @@ from control.gateways.aws import client_token
 from control.interruptions import launch_repository
 from control.interruptions.choosing import Choice, Limits, Market, Pool, Wanted, choose, choose_only
 from control.interruptions.launch_repository import AttemptRow, BatchRow, ClusterFacts, IntentRow
+from control.interruptions.states import WITHDRAWN
 from control.interruptions.templates import fingerprint, run_instances_request
 from warehouse.postgres.models import new_id
 
@@ -127,8 +128,13 @@ def freeze(
     return Frozen(rows, slots, batches)
 
 
-def pool_of(attempt: AttemptRow) -> Pool:
-    return Pool(attempt.instance_type, attempt.availability_zone, attempt.node_type)
+def tried(attempts: Sequence[AttemptRow]) -> list[Pool]:
+    """The pools that EC2 was asked for, in order."""
+    return [
+        Pool(attempt.instance_type, attempt.availability_zone, attempt.node_type)
+        for attempt in attempts
+        if attempt.failure != WITHDRAWN
+    ]
 
 
 def _wanted(row: IntentRow) -> Wanted:

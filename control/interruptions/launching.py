@@ -27,7 +27,7 @@ from control.interruptions.answers import Meaning
 from control.interruptions.calling import THROTTLED_SECONDS, Calls, heartbeat
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Market, TypeFacts
-from control.interruptions.freezing import Planned, choice_for, freeze, limits_of, pool_of, storm_pause
+from control.interruptions.freezing import Planned, choice_for, freeze, limits_of, storm_pause, tried
 from control.interruptions.launch_repository import ClusterFacts, IntentRow
 from control.interruptions.moving import Moves, apply_events, intent_of
 from control.interruptions.runtime import Runtime
@@ -44,6 +44,7 @@ STOPPED_SECONDS = 10.0
 TEMPLATE_SECONDS = 10.0
 NO_TEMPLATE = "no running instance of the cluster shows how its nodes are launched"
 COMING = "another launch takes its place and is under way"
+IN_FLIGHT = "an interruption in the cluster is in flight, and goes first"
 # More replacements interrupted than this within ten minutes: Spot is not to be had, stop trying (C-27).
 MAX_CHAIN = 3
 # Clusters planned at once: warnings that come in meanwhile must get their turns of the process.
@@ -167,8 +168,9 @@ class Launcher:
             overtaken = await wanted_repository.overtaken_intents(conn, list(locked))
             replaced = await wanted_repository.replaced_intents(conn, list(locked))
             spare = await wanted_repository.spare_intents(conn, list(locked))
+            held_returns = await wanted_repository.held_returns(conn, list(locked))
             planned: list[Planned] = []
-            waiting: list[UUID] = []
+            waiting: dict[UUID, str] = {}
             moves = Moves(self.runtime.db.now())
             for claimed in intents:
                 row = locked.get(claimed.id)
@@ -187,9 +189,12 @@ class Launcher:
                 if row.id in replaced:
                     replacement = replaced[row.id]
                     if replacement is None:
-                        waiting.append(row.id)
+                        waiting[row.id] = COMING
                     else:
                         moves.move(row, attempts[row.id], state, Cancel(f"{replacement} has replaced it already"))
+                    continue
+                if row.id in held_returns:
+                    waiting[row.id] = IN_FLIGHT
                     continue
                 if state.state is IntentState.BLOCKED:
                     state, _ = apply_launch(state, Unblocked())
@@ -200,7 +205,7 @@ class Launcher:
                     spot=spot,
                     standings=standings,
                 )
-                choice = choice_for(row, market, limits, [pool_of(attempt) for attempt in attempts[row.id]])
+                choice = choice_for(row, market, limits, tried(attempts[row.id]))
                 if isinstance(choice, str):
                     moves.move(row, attempts[row.id], state, NoCandidate(choice))
                     continue
@@ -226,9 +231,11 @@ class Launcher:
                 await launch_repository.postpone_intents(
                     conn, ids, worker=self.runtime.worker, seconds=CAPPED_SECONDS, reason=reason
                 )
-            await launch_repository.postpone_intents(
-                conn, waiting, worker=self.runtime.worker, seconds=ROUND_SECONDS, reason=COMING
-            )
+            for reason in set(waiting.values()):
+                ids = [intent_id for intent_id, why in waiting.items() if why == reason]
+                await launch_repository.postpone_intents(
+                    conn, ids, worker=self.runtime.worker, seconds=ROUND_SECONDS, reason=reason
+                )
         for reason, ids in held.items():
             metrics.ALARMS.labels("launch_cap").inc()
             log.error("launch.capped", customer_id=str(cluster.customer_id), launches=len(ids), reason=reason)

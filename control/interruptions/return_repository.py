@@ -13,23 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.interruptions.repository import to_json
 from control.interruptions.return_rule import PoolRecord, StandIn
-from control.interruptions.wanted_repository import GOING
+from control.interruptions.wanted_repository import GOING, IN_FLIGHT
 
 TYPE = "return_to_spot"
-# A maintenance of next week is an interruption too, and no reason to wait until then.
-SOON = "interval '1 hour'"
-
-# Interruptions of instances that no cluster has claimed yet may be this cluster's.
-_IN_FLIGHT = f"""
-    (SELECT count(*) FROM interruptions i
-     WHERE i.customer_id = c.customer_id AND i.state <> 'closed' AND i.deadline_at < now() + {SOON}
-       AND (i.cluster_id = c.id OR i.cluster_id IS NULL))
-"""
-
 _STAND_INS = text(f"""
     WITH here AS (
         SELECT c.id, c.customer_id, c.region, c.kill_switch OR m.kill_switch AS stopped, c.last_seen_at,
-               {_IN_FLIGHT} AS in_flight,
+               {IN_FLIGHT} AS in_flight,
                EXISTS (SELECT FROM optimization_history p WHERE p.customer_id = c.customer_id AND p.cluster_id = c.id
                        AND p.status IN ('running', 'compensating')) AS plan_running,
                (SELECT max(p.finished_at) FROM optimization_history p
@@ -237,7 +227,7 @@ _RUNNING = text(f"""
            o.id IS NULL OR o.terminated_at IS NOT NULL AS old_gone,
            coalesce(o.status = 'cordoned', false) AS old_cordoned,
            coalesce(n.status = 'ready' AND n.terminated_at IS NULL AND NOT {GOING}, false) AS new_ready,
-           {_IN_FLIGHT} AS in_flight, c.kill_switch OR m.kill_switch AS stopped, p.stop_requested_at
+           {IN_FLIGHT} AS in_flight, c.kill_switch OR m.kill_switch AS stopped, p.stop_requested_at
     FROM optimization_history p
     JOIN clusters c ON c.id = p.cluster_id
     JOIN customers m ON m.id = p.customer_id
@@ -268,7 +258,7 @@ _MAY_END = text(f"""
         JOIN clusters c ON c.id = p.cluster_id
         JOIN customers m ON m.id = p.customer_id
         JOIN plan_steps s ON s.plan_id = p.id AND s.kind = 'terminate' AND s.state = 'running'
-        WHERE p.id = :plan_id AND p.status = 'running' AND NOT (c.kill_switch OR m.kill_switch) AND {_IN_FLIGHT} = 0)
+        WHERE p.id = :plan_id AND p.status = 'running' AND NOT (c.kill_switch OR m.kill_switch) AND {IN_FLIGHT} = 0)
 """)
 
 

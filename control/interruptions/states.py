@@ -19,6 +19,8 @@ UNMATCHED_FOR = timedelta(minutes=10)
 LAUNCH_WINDOW = timedelta(minutes=15)
 # Why an attempt is ended whose node did not become Ready in time.
 NEVER_READY = "never Ready"
+# Why an attempt ended whose call was not made: nothing is wrong with its pool.
+WITHDRAWN = "withdrawn before it was called"
 
 
 class IntentState(StrEnum):
@@ -101,6 +103,13 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The committed call was never made and will not be: nothing was launched."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unanswered:
     """Time-out, connection lost or a 5xx: the instance may exist."""
 
@@ -167,6 +176,7 @@ class Cancel:
 LaunchEvent = (
     Attempted
     | Refused
+    | Withdrawn
     | Unanswered
     | Mismatched
     | Launched
@@ -221,6 +231,10 @@ def apply_launch(
             if current is None or current.state not in UNANSWERED:
                 return intent, []
             return _again(_change(intent, AttemptState.FAILED, failure=code), f"last refusal: {code}", max_attempts)
+        case Withdrawn(reason):
+            if current is None or current.state not in UNANSWERED:
+                return intent, []
+            return _again(_change(intent, AttemptState.FAILED, failure=WITHDRAWN), reason, max_attempts)
         case Denied(reason):
             if current is None or current.state not in UNANSWERED:
                 return intent, []

@@ -8,6 +8,53 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from control.interruptions.launch_repository import BatchRow
+
+# Of a cluster ``c``: what is open. A maintenance of next week is an interruption too, and no reason to wait until then;
+# interruptions of instances that no cluster has claimed yet may be this cluster's.
+_OPEN_HERE = """i.customer_id = c.customer_id AND i.state <> 'closed' AND i.deadline_at < now() + interval '1 hour'
+    AND (i.cluster_id = c.id OR i.cluster_id IS NULL)"""
+IN_FLIGHT = f"(SELECT count(*) FROM interruptions i WHERE {_OPEN_HERE})"
+
+# Of a return's launch ``l``: interruptions go first. Where its old node is being lost itself, it is the replacement.
+_HELD = f"""l.plan_id IS NOT NULL AND EXISTS (SELECT FROM interruptions i WHERE {_OPEN_HERE})
+    AND NOT EXISTS (SELECT FROM interruptions i
+                    WHERE {_OPEN_HERE} AND i.instance_id = l.requirements ->> 'instance_id')"""
+_HELD_RETURNS = text(f"""
+    SELECT l.id FROM launch_intents l JOIN clusters c ON c.id = l.cluster_id WHERE l.id = ANY(:ids) AND {_HELD}
+""")
+
+
+async def held_returns(conn: AsyncConnection, ids: Sequence[UUID]) -> set[UUID]:
+    """Launches for returns to Spot that wait, because an interruption in their cluster is in flight."""
+    return set((await conn.execute(_HELD_RETURNS, {"ids": list(ids)})).scalars())
+
+
+# Prices, standings and what is wanted move on; after an outage of all workers this long a pool is chosen anew.
+CHOICE_HOLDS_SECONDS = 600.0
+_WITHHELD = text(f"""
+    SELECT CASE
+        WHEN c.kill_switch OR m.kill_switch THEN 'the kill switch is on'
+        WHEN c.status = 'deleted' OR m.status IN ('suspended', 'offboarding', 'offboarded')
+            THEN 'the cluster or its customer is gone'
+        WHEN NOT EXISTS (SELECT FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
+                         WHERE a.batch_id = b.id AND l.state = 'launching') THEN 'nobody waits for it any more'
+        WHEN EXISTS (SELECT FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
+                     WHERE a.batch_id = b.id AND {_HELD}) THEN 'an interruption is in flight'
+        WHEN b.created_at < now() - make_interval(secs => :seconds) THEN 'the choice is too old'
+    END AS reason
+    FROM launch_batches b JOIN clusters c ON c.id = b.cluster_id JOIN customers m ON m.id = b.customer_id
+    WHERE b.id = :id AND b.calls = 0 AND b.lease_epoch = :lease_epoch
+""")
+
+
+async def withheld(conn: AsyncConnection, batch: BatchRow) -> str | None:
+    """Why a call that was never made is not made any more. One that was made may have launched, and is repeated
+    whatever happens."""
+    values = {"id": batch.id, "lease_epoch": batch.lease_epoch, "seconds": CHOICE_HOLDS_SECONDS}
+    return (await conn.execute(_WITHHELD, values)).scalar_one_or_none()
+
+
 _OVERTAKEN = text("""
     SELECT DISTINCT a.intent_id FROM launch_attempts a
     JOIN interruptions i ON i.customer_id = a.customer_id AND i.instance_id = a.instance_id

@@ -47,8 +47,8 @@ async def run_once(launcher: Launcher) -> int:
 
 
 async def _settle(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> None:
-    since = batch.first_called_at or batch.created_at
-    given_up = launcher.runtime.db.now() - since > GIVE_UP_AFTER
+    since = batch.first_called_at
+    given_up = since is not None and launcher.runtime.db.now() - since > GIVE_UP_AFTER
     if not given_up:
         # Not by tag while the token still works: Describe may show a part of a batch, the token answers with all.
         if batch.error_code != "IdempotentParameterMismatch":

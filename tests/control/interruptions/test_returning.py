@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from control.interruptions.caps import Caps
 from control.interruptions.choosing import Limits, Market, TypeFacts
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import invariants, ready
+from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import claim_endings
 from control.interruptions.return_rule import (
     AFTER_FAILURE,
@@ -206,14 +208,14 @@ async def launcher(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     await aws.close()
 
 
-async def _launch(stage: Stage, launcher: Launcher) -> None:
-    """Launch what is planned, until its nodes are Ready."""
+async def _launch(stage: Stage, launcher: Launcher, *, of: str = "true") -> None:
+    """Launch what is planned, until its nodes (``of`` these intents) are Ready."""
 
     async def all_ready() -> bool:
         await launcher.plan_round()
         await launcher.finish_calls(10)
         await ready.run_once(launcher.runtime)
-        sql = "SELECT 1 FROM launch_intents WHERE state NOT IN ('ready', 'exhausted', 'cancelled')"
+        sql = f"SELECT 1 FROM launch_intents WHERE state NOT IN ('ready', 'exhausted', 'cancelled') AND {of}"
         return not await stage.tenant.rows(sql)
 
     await stage.until(all_ready, 10)
@@ -322,6 +324,92 @@ async def test_nothing_is_begun_or_carried_on_while_an_interruption_is_in_flight
     assert await returning.advance(launcher) == 0
     assert (await _plan(stage)).status == "running"
     assert old in _running(stage)
+
+
+async def _warn(stage: Stage, instance: str) -> None:
+    facts = await stage.tenant.facts()
+    await ingest(stage.db, facts, [Received(json.dumps(stage.tenant.warning(instance)), EventSource.SQS)])
+
+
+async def _calmed(stage: Stage, launcher: Launcher) -> None:
+    await stage.until(lambda: closing.close_ended(launcher.runtime), 10)
+    await stage.tenant.rows("UPDATE launch_intents SET next_action_at = now() RETURNING 1")
+
+
+async def test_an_interruption_that_comes_after_the_plan_began_launches_first(stage: Stage, launcher: Launcher) -> None:
+    await _stand_in(stage, launcher)
+    assert await returning.consider(launcher) == 1
+    other = (await stage.launch_nodes())[0]
+    await _warn(stage, other)
+    await _launch(stage, launcher, of="plan_id IS NULL")
+    states = "SELECT state, reason FROM launch_intents WHERE plan_id IS NOT NULL"
+    held = await stage.tenant.row(states)
+    assert (held.state, "in flight" in held.reason) == ("planned", True)
+    replaced = await stage.tenant.row(
+        "SELECT l.state FROM launch_intents l JOIN interruptions i ON i.id = l.interruption_id "
+        "WHERE i.instance_id = :i",
+        i=other,
+    )
+    assert replaced.state == "ready"
+    await _calmed(stage, launcher)
+    await _launch(stage, launcher)
+    assert (await stage.tenant.row(states)).state == "ready"
+
+
+async def test_an_interruption_between_commit_and_call_withdraws_the_launch_of_a_return(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await _stand_in(stage, launcher)
+    assert await returning.consider(launcher) == 1
+    # A worker that dies before its call.
+    stage.aws.inject(Fault("drop_before", action="RunInstances"))
+    await launcher.plan_round()
+    await launcher.finish_calls(10)
+    plans = "SELECT i.id FROM launch_intents i WHERE i.plan_id IS NOT NULL"
+    of_plan = f"id IN (SELECT batch_id FROM launch_attempts WHERE intent_id IN ({plans}))"
+    await stage.tenant.rows(
+        f"UPDATE launch_batches SET state = 'calling', calls = 0, first_called_at = NULL WHERE {of_plan} RETURNING 1"
+    )
+    await stage.tenant.rows(f"UPDATE launch_attempts SET state = 'calling' WHERE intent_id IN ({plans}) RETURNING 1")
+    await _warn(stage, (await stage.launch_nodes())[0])
+    await stage.pass_leases()
+    await launch_reconciler.run_once(launcher)
+    attempt = f"SELECT state FROM launch_attempts WHERE intent_id IN ({plans}) ORDER BY attempt_no"
+    assert [row.state for row in await stage.tenant.rows(attempt)] == ["failed"]
+    await _launch(stage, launcher, of="plan_id IS NULL")
+    await _calmed(stage, launcher)
+    await _launch(stage, launcher)
+    assert [row.state for row in await stage.tenant.rows(attempt)] == ["failed", "ready"]
+
+
+@pytest.mark.parametrize("what", ["interruption", "kill switch", "adopt-only"])
+async def test_what_comes_while_ec2_is_asked_holds_the_end_of_the_old_node(
+    stage: Stage, launcher: Launcher, what: str
+) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    await _advance_until_drained(stage, launcher)
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    fresh = (await stage.launch_nodes())[0]
+    stage.aws.inject(Fault("delay", action="DescribeInstances", seconds=1.0, nth=2))
+    before = len(stage.calls("DescribeInstances"))
+    moving = asyncio.create_task(returning.advance(launcher))
+
+    async def asked_once() -> bool:
+        return len(stage.calls("DescribeInstances")) > before
+
+    await stage.until(asked_once, 10)
+    if what == "interruption":
+        stage.agent_works = False
+        await _warn(stage, fresh)
+    elif what == "kill switch":
+        await stage.tenant.rows("UPDATE clusters SET kill_switch = true RETURNING 1")
+    else:
+        await stage.tenant.rows("UPDATE customers SET adopt_only_since = now() WHERE id = :customer_id RETURNING 1")
+    await moving
+    assert old in _running(stage)
+    assert (await _plan(stage)).status == "running"
 
 
 async def test_a_pool_that_refuses_ends_the_plan_and_nothing_was_moved(stage: Stage, launcher: Launcher) -> None:

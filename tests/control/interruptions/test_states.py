@@ -54,6 +54,7 @@ from control.interruptions.states import (
     Terminate,
     Unanswered,
     Unblocked,
+    Withdrawn,
     apply_launch,
     close_open,
     close_unmatched,
@@ -134,6 +135,11 @@ class LaunchMachine(RuleBasedStateMachine):
     @rule()
     def give_up(self) -> None:
         self.apply(Abandoned())
+
+    @precondition(lambda self: self.intent.current and self.cloud[len(self.intent.attempts)] is None)
+    @rule()
+    def withdraw(self) -> None:
+        self.apply(Withdrawn("the kill switch is on"))
 
     @precondition(lambda self: self.intent.current and self.cloud[len(self.intent.attempts)] is None)
     @rule()
