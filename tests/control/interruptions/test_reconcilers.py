@@ -240,6 +240,8 @@ async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(
     (instance,) = await stage.launch_nodes()
     await _warn(stage, instance)
     await _launch(stage, launcher)
+    # An orphan that becomes a Ready node is adopted and not ended.
+    stage.nodes_join = False
     batch = await stage.tenant.row("SELECT id FROM launch_batches")
     orphan = await _our_instance(stage, batch_id=batch.id)
     foreign = await _our_instance(stage, batch_id=batch.id, tenant=new_id())
@@ -259,6 +261,7 @@ async def test_orphans_are_ended_a_few_at_a_time(stage: Stage, launcher: Launche
     (instance,) = await stage.launch_nodes()
     await _warn(stage, instance)
     await _launch(stage, launcher)
+    stage.nodes_join = False
     batch = await stage.tenant.row("SELECT id FROM launch_batches")
     for _ in range(3):
         await _our_instance(stage, batch_id=batch.id)
