@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -15,8 +15,10 @@ from control.interruptions.launch_repository import BatchRow, ClusterFacts, Inte
 from control.interruptions.runtime import Runtime
 from control.interruptions.templates import (
     TAG_BATCH,
+    block_devices_of,
     fingerprint,
     is_ours,
+    launched_volumes,
     subnets_by_zone,
     template_of,
     user_data_group,
@@ -67,7 +69,14 @@ class Accounts:
             shown = [instance for instance in alive.values() if instance.get("SubnetId")]
             by_instance |= await self.learn_templates(cluster, shown, credentials) if shown else {}
         newest = kept[0][0] if kept else next(iter(by_instance.values()), None)
-        found = {intent_id: by_instance.get(instance_id, newest) for intent_id, instance_id in wanted.items()}
+        found = {intent_id: by_instance.get(instance_id) for intent_id, instance_id in wanted.items()}
+        # What nobody looked at while it lived is most like the nodes of its type: another group's image may not even be
+        # of its architecture.
+        types = {intent.id: str(intent.requirements["instance_type"]) for intent in intents if found[intent.id] is None}
+        if types:
+            async with self.runtime.db.system() as conn:
+                alike = await launch_repository.templates_by_type(conn, cluster.cluster_id, set(types.values()))
+            found |= {intent_id: alike.get(name, newest) for intent_id, name in types.items()}
         return {intent_id: template for intent_id, template in found.items() if template is not None}, ended
 
     async def learn_templates(
@@ -87,15 +96,20 @@ class Accounts:
                 credentials=credentials,
             ):
                 subnets[subnet["VpcId"]].append(subnet)
-        user_data: dict[tuple[str, ...], str | None] = {}
+        # One of each group: its user data and volumes are the others' too.
+        groups = {user_data_group(instance): instance for instance in reversed(instances)}
+        user_data = {
+            group: await self._user_data(cluster.region, credentials, instance["InstanceId"])
+            for group, instance in groups.items()
+        }
+        volumes = await self._volumes(cluster.region, credentials, groups.values())
         learned: dict[str, dict[str, Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
         for instance in instances:
             group = user_data_group(instance)
-            if group not in user_data:
-                user_data[group] = await self._user_data(cluster.region, credentials, instance["InstanceId"])
             by_zone = subnets_by_zone(subnets.get(instance.get("VpcId", ""), []))
-            template = template_of(instance, by_zone, user_data[group])
+            devices = block_devices_of(groups[group], volumes)
+            template = template_of(instance, by_zone, user_data[group], devices)
             learned[instance["InstanceId"]] = template
             mark = fingerprint(template)
             row = rows.setdefault(
@@ -128,6 +142,23 @@ class Accounts:
             log.warning("launch.user_data_unreadable", code=error.code)
             return None
         return answer.get("UserData", {}).get("Value") or None
+
+    async def _volumes(
+        self, region: str, credentials: Credentials, instances: Iterable[Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        ids = sorted({volume_id for instance in instances for volume_id in launched_volumes(instance).values()})
+        found: dict[str, dict[str, Any]] = {}
+        try:
+            for start in range(0, len(ids), 200):
+                filters = [{"Name": "volume-id", "Values": ids[start : start + 200]}]
+                async for volume in self.runtime.aws.pages(
+                    "ec2", "DescribeVolumes", {"Filters": filters}, "Volumes", region=region, credentials=credentials
+                ):
+                    found[volume["VolumeId"]] = volume
+        except AwsError as error:
+            # Without this right nodes get the image's volumes.
+            log.warning("launch.volumes_unreadable", code=error.code)
+        return found
 
     async def describe(
         self, region: str, credentials: Credentials, instance_ids: Sequence[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -461,6 +461,8 @@ async def standings(conn: AsyncConnection, customer_id: UUID, region: str) -> di
 
 # --- templates
 
+# Instance ids kept with a template, the newest.
+KEPT_INSTANCES = 5000
 _TEMPLATES = text("""
     SELECT id, cluster_id, fingerprint, template, instance_ids FROM launch_templates
     WHERE cluster_id = :cluster_id ORDER BY seen_at DESC
@@ -473,6 +475,22 @@ async def templates(conn: AsyncConnection, cluster_id: UUID) -> list[tuple[dict[
     return [(row.template, row.instance_ids) for row in result]
 
 
+_BY_TYPE = text("""
+    SELECT DISTINCT ON (n.instance_type) n.instance_type, t.template
+    FROM launch_templates t JOIN nodes n ON n.cluster_id = t.cluster_id AND n.instance_id = ANY(t.instance_ids)
+    WHERE t.cluster_id = :cluster_id AND n.instance_type = ANY(:types)
+    ORDER BY n.instance_type, n.last_seen_at DESC, t.seen_at DESC
+""")
+
+
+async def templates_by_type(
+    conn: AsyncConnection, cluster_id: UUID, types: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The template of the node of each of these types that was seen last in a cluster."""
+    result = await conn.execute(_BY_TYPE, {"cluster_id": cluster_id, "types": list(types)})
+    return {row.instance_type: row.template for row in result}
+
+
 async def save_templates(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Keep what was derived from running instances."""
     await insert_rows(
@@ -481,8 +499,9 @@ async def save_templates(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]
         rows,
         order="fingerprint",
         conflict="(cluster_id, fingerprint) DO UPDATE SET template = excluded.template, seen_at = now(), "
-        "instance_ids = ARRAY(SELECT DISTINCT unnest(launch_templates.instance_ids || excluded.instance_ids) "
-        "ORDER BY 1 DESC LIMIT 1000)",
+        # Those seen last, which are more than any group has nodes.
+        "instance_ids = ARRAY(SELECT id FROM unnest(excluded.instance_ids || launch_templates.instance_ids) "
+        f"WITH ORDINALITY AS seen (id, place) GROUP BY id ORDER BY min(place) LIMIT {KEPT_INSTANCES})",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +21,16 @@ TAG_BATCH = "cloudoptim:batch"
 _OUR_TAGS = (TAG_MANAGED, TAG_TENANT, TAG_CLUSTER, TAG_BATCH)
 # Tags of groups that would adopt or end an instance they did not launch.
 _FOREIGN_TAG_PREFIXES = ("aws:", "eks:", "karpenter.sh/", "karpenter.k8s.aws/", "cloudoptim:")
+# The options of RunInstances; DescribeInstances adds whether they are applied.
+_METADATA_OPTIONS = (
+    "HttpTokens",
+    "HttpPutResponseHopLimit",
+    "HttpEndpoint",
+    "HttpProtocolIpv6",
+    "InstanceMetadataTags",
+)
+# Which volume types may be given which figure; DescribeVolumes shows one for others too, that EC2 then refuses.
+_VOLUME_FIGURES = {"Iops": ("gp3", "io1", "io2"), "Throughput": ("gp3",)}
 # What names the group an instance was launched by.
 _GROUP_TAGS = (
     "aws:autoscaling:groupName",
@@ -32,12 +42,18 @@ _GROUP_TAGS = (
 )
 
 
-def template_of(instance: Mapping[str, Any], subnets: Mapping[str, str], user_data: str | None) -> dict[str, Any]:
+def template_of(
+    instance: Mapping[str, Any],
+    subnets: Mapping[str, str],
+    user_data: str | None,
+    block_devices: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """A template from one DescribeInstances item.
 
     Args:
         subnets: subnet id per zone of the instance's VPC; the instance's own subnet wins in its zone.
         user_data: base64, as EC2 returns it.
+        block_devices: as RunInstances takes them, from ``block_devices_of``.
     """
     zone = instance.get("Placement", {}).get("AvailabilityZone")
     own = {zone: instance["SubnetId"]} if zone and instance.get("SubnetId") else {}
@@ -58,7 +74,41 @@ def template_of(instance: Mapping[str, Any], subnets: Mapping[str, str], user_da
             template[name] = instance[key]
     if user_data:
         template["user_data"] = user_data
+    if options := instance.get("MetadataOptions"):
+        template["metadata_options"] = {name: options[name] for name in _METADATA_OPTIONS if name in options}
+    if block_devices:
+        template["block_devices"] = list(block_devices)
     return template
+
+
+def launched_volumes(instance: Mapping[str, Any]) -> dict[str, str]:
+    """Device to volume id of the volumes that came, and go, with an instance. Those of pods are attached later and
+    outlive it."""
+    return {
+        mapping["DeviceName"]: mapping["Ebs"]["VolumeId"]
+        for mapping in instance.get("BlockDeviceMappings", [])
+        if mapping.get("Ebs", {}).get("DeleteOnTermination") and mapping["Ebs"].get("VolumeId")
+    }
+
+
+def block_devices_of(instance: Mapping[str, Any], volumes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """An instance's own volumes as RunInstances takes them, from DescribeVolumes items by id.
+
+    Encrypted ones are encrypted again with the account's default key: another one needs a grant that our role lacks.
+    Snapshots are the image's business.
+    """
+    devices = []
+    for device, volume_id in sorted(launched_volumes(instance).items()):
+        volume = volumes.get(volume_id)
+        if volume is None:
+            continue
+        kind = volume["VolumeType"]
+        ebs = {"VolumeSize": volume["Size"], "VolumeType": kind, "DeleteOnTermination": True}
+        ebs |= {name: volume[name] for name, kinds in _VOLUME_FIGURES.items() if kind in kinds and volume.get(name)}
+        if volume.get("Encrypted"):
+            ebs["Encrypted"] = True
+        devices.append({"DeviceName": device, "Ebs": ebs})
+    return devices
 
 
 def user_data_group(instance: Mapping[str, Any]) -> tuple[str, ...]:
@@ -141,6 +191,10 @@ def run_instances_request(
         request["EbsOptimized"] = True
     if user_data := template.get("user_data"):
         request["UserData"] = user_data
+    if options := template.get("metadata_options"):
+        request["MetadataOptions"] = options
+    if devices := template.get("block_devices"):
+        request["BlockDeviceMappings"] = devices
     if pool.node_type == "spot":
         request["InstanceMarketOptions"] = {
             "MarketType": "spot",

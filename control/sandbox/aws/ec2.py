@@ -14,13 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from control.sandbox.aws import network
+from control.sandbox.aws import network, volumes
 from control.sandbox.aws.describing import filters, matches_any, opened, paged, sealed
 from control.sandbox.aws.instances import STATE_CODES, Instance, Instances, private_ip
 from control.sandbox.aws.protocol import Answer, AwsError, Call, ec2_answer, timestamp
 from control.sandbox.market.catalogue import REGIONS, ZONE_IDS, Catalogue, Pool, load_catalogue
 from control.sandbox.market.interface import Market
 
+# What an account and an image that say nothing give an instance.
+METADATA_OPTIONS = {
+    "HttpTokens": "optional",
+    "HttpPutResponseHopLimit": "1",
+    "HttpEndpoint": "enabled",
+    "HttpProtocolIpv6": "disabled",
+    "InstanceMetadataTags": "disabled",
+}
 DEFAULT_IMAGES = {"x86_64": "ami-0c0ffee00000x8664", "arm64": "ami-0c0ffee0000arm640"}
 
 
@@ -84,6 +92,7 @@ class Ec2:
             "DescribeSubnets": self._describe_subnets,
             "DescribeVpcs": self._describe_vpcs,
             "DescribeSecurityGroups": self._describe_security_groups,
+            "DescribeVolumes": self._describe_volumes,
             "DescribeImages": self._describe_images,
             "DescribeInstanceTypes": self._describe_types,
             "DescribeInstanceTypeOfferings": self._describe_offerings,
@@ -181,6 +190,8 @@ class Ec2:
                     spot_max_price=max_price,
                     iam_profile_arn=p.get("IamInstanceProfile", {}).get("Arn"),
                     key_name=p.get("KeyName"),
+                    metadata_options=METADATA_OPTIONS | p.get("MetadataOptions", {}),
+                    block_devices=volumes.devices_of(p),
                 )
             )
         self.instances.add(made, zone_key, token, p)
@@ -511,7 +522,10 @@ class Ec2:
             "stateReason": {"code": i.reason_code, "message": f"{i.reason_code}: instance ended"} if ended else None,
             "architecture": kind.architecture,
             "rootDeviceType": "ebs",
-            "rootDeviceName": "/dev/xvda",
+            "rootDeviceName": volumes.ROOT_DEVICE,
+            "blockDeviceMapping": volumes.mappings(i) if alive else [],
+            "metadataOptions": {"state": "applied"}
+            | {name[0].lower() + name[1:]: value for name, value in i.metadata_options.items()},
             "virtualizationType": "hvm",
             "hypervisor": "xen",
             "clientToken": i.client_token,
@@ -631,6 +645,15 @@ class Ec2:
         for name, values in filters(call.params):
             rows = [r for r in rows if name in known and matches_any(str(r[known[name]]), values)]
         return {"subnetSet": rows}
+
+    def _describe_volumes(self, call: Call) -> dict[str, Any]:
+        now = self.instances.clock()
+        living = [
+            instance
+            for instance in self.instances.of(call.caller.account_id, call.region)
+            if instance.state(now) not in ("shutting-down", "terminated")
+        ]
+        return volumes.describe(living, call.params)
 
     def _describe_vpcs(self, call: Call) -> dict[str, Any]:
         row = {

@@ -64,6 +64,9 @@ class Instance:
     spot_max_price: str | None = None
     iam_profile_arn: str | None = None
     key_name: str | None = None
+    metadata_options: dict[str, str] = field(default_factory=dict)
+    block_devices: list[dict[str, Any]] = field(default_factory=list)
+    """Volumes of the launch, as `volumes.devices_of` makes them."""
     shutting_down_at: float | None = None
     terminated_at: float | None = None
     stopping_at: float | None = None

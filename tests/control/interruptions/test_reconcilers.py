@@ -237,6 +237,7 @@ async def test_a_replacement_that_is_never_ready_is_ended_and_tried_again(stage:
 async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(
     stage: Stage, launcher: Launcher, cluster: str
 ) -> None:
+    stage.nodes_join = False
     (instance,) = await stage.launch_nodes()
     await _warn(stage, instance)
     await _launch(stage, launcher)
@@ -258,6 +259,7 @@ async def test_an_instance_of_a_dead_attempt_is_ended_and_a_stranger_is_not(
 
 async def test_orphans_are_ended_a_few_at_a_time(stage: Stage, launcher: Launcher) -> None:
     assert [allowed(nodes) for nodes in (0, 1, 19, 20, 40, 100)] == [1, 1, 1, 1, 2, 5]
+    stage.nodes_join = False
     (instance,) = await stage.launch_nodes()
     await _warn(stage, instance)
     await _launch(stage, launcher)
