@@ -18,6 +18,7 @@ from warehouse.contracts import TaskList, TaskResult
 router = APIRouter(prefix="/client", tags=["agents"])
 
 Agent = Annotated[Principal, Depends(require(*AGENTS))]
+EventAgent = Annotated[Principal, Depends(require(*AGENTS, intake=True))]
 
 
 def _agent_version(user_agent: str | None) -> str | None:
@@ -93,7 +94,7 @@ async def post_metrics(request: Request, principal: Agent, context: Context) -> 
 
 
 @router.post("/events")
-async def post_events(body: Events, principal: Agent, context: Context) -> EventsAnswer:
+async def post_events(body: Events, principal: EventAgent, context: Context) -> EventsAnswer:
     """Hand in events seen on nodes: interruption notices, rebalance recommendations, state changes."""
     ingested, rejected = await service.take_events(context, principal, body)
     return EventsAnswer(

@@ -29,7 +29,7 @@ router = APIRouter(tags=["interruptions"])
 
 Reader = Annotated[Principal, Depends(require(*READERS))]
 Admin = Annotated[Principal, Depends(require(*CUSTOMER_ADMINS))]
-Pusher = Annotated[Principal, Depends(require(*PUSHERS))]
+Pusher = Annotated[Principal, Depends(require(*PUSHERS, intake=True))]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 

@@ -25,11 +25,15 @@ PUSHERS = (*CUSTOMER_ADMINS, Role.EVENT_PUSHER)
 EVERYONE = tuple(Role)
 
 
-def require(*roles: Role) -> Callable[..., Awaitable[Principal]]:
-    """A dependency that answers 401 to strangers, 403 to other roles and 429 over the limits, else the principal."""
+def require(*roles: Role, intake: bool = False) -> Callable[..., Awaitable[Principal]]:
+    """A dependency that answers 401 to strangers, 403 to other roles and 429 over the limits, else the principal.
+
+    ``intake``: this is how interruptions come in, so the caller is looked up on the connections reserved for them.
+    """
 
     async def dependency(connection: HTTPConnection, context: Context) -> Principal:
-        principal = await context.authenticator.authenticate(connection)
+        db = context.intake_db if intake else None
+        principal = await context.authenticator.authenticate(connection, db)
         await check_limits(context, principal)
         check_role(principal, roles)
         connection.scope["principal"] = principal

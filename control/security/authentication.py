@@ -47,8 +47,8 @@ class Authenticator:
         self._keys: dict[str, _Known] = {}
         self._sessions: dict[tuple[UUID, UUID], _Known] = {}
 
-    async def authenticate(self, connection: HTTPConnection) -> Principal:
-        """The caller of a request.
+    async def authenticate(self, connection: HTTPConnection, db: Database | None = None) -> Principal:
+        """The caller of a request; looked up on connections of ``db`` where they are not the usual ones.
 
         Raises:
             Unauthenticated: no, malformed, unknown, revoked or expired credentials.
@@ -57,35 +57,35 @@ class Authenticator:
         credential = credential_of(connection)
         if credential is None:
             raise Unauthenticated()
-        return await self.check(credential, self.address(connection))
+        return await self.check(credential, self.address(connection), db)
 
-    async def check(self, credential: str, address: str) -> Principal:
+    async def check(self, credential: str, address: str, db: Database | None = None) -> Principal:
         """The principal of a key or token presented from an address."""
-        principal = await self._principal(credential)
+        principal = await self._principal(credential, db or self._db)
         if principal is None:
             await self._limiter.hit(FAILURES, "failures", address, what="failed authentications of your address")
             raise Unauthenticated("The key or token is unknown, expired or revoked.")
         return principal
 
-    async def _principal(self, credential: str) -> Principal | None:
+    async def _principal(self, credential: str, db: Database) -> Principal | None:
         if credential.count(".") == 2:
             claims = self._tokens.read_access(credential)
             if claims is None:
                 return None
-            return await self._session(claims.user_id, claims.session_id)
+            return await self._session(db, claims.user_id, claims.session_id)
         parts = keys.split(self._pepper, credential)
         if parts is None:
             return None
         prefix, secret = parts
         known = self._keys.get(prefix)
         if known is None or time.monotonic() - known.at > CACHE_SECONDS:
-            known = await self._load_key(prefix)
+            known = await self._load_key(db, prefix)
         if not keys.matches(self._pepper, prefix, secret, known.secret_hmac):
             return None
         return known.principal
 
-    async def _load_key(self, prefix: str) -> _Known:
-        async with self._db.system() as conn:
+    async def _load_key(self, db: Database, prefix: str) -> _Known:
+        async with db.system() as conn:
             row = await repository.find_key(conn, prefix)
         known = _Known(time.monotonic(), None, None)
         if row is not None:
@@ -97,10 +97,10 @@ class Authenticator:
             self._keys.pop(prefix, None)
         return known
 
-    async def _session(self, user_id: UUID, session_id: UUID) -> Principal | None:
+    async def _session(self, db: Database, user_id: UUID, session_id: UUID) -> Principal | None:
         known = self._sessions.get((user_id, session_id))
         if known is None or time.monotonic() - known.at > CACHE_SECONDS:
-            async with self._db.system() as conn:
+            async with db.system() as conn:
                 row = await repository.find_session(conn, user_id, session_id)
             principal = Principal(row.id, f"user:{row.email}", Role(row.role), row.customer_id) if row else None
             known = _Known(time.monotonic(), None, principal)

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
@@ -242,8 +243,14 @@ async def test_an_exhausted_pool_is_503_within_seconds_and_the_intake_still_work
             assert time.monotonic() - started < 4
             assert int(answer.headers["retry-after"]) >= 1
             assert context.intake_db.engine.pool is not context.db.engine.pool
-            async with context.intake_db.tenant(tenant.customer_id):
-                pass
+            # Keys that this process has not seen: whose they are is asked on the reserved connections too.
+            now = datetime.now(UTC).isoformat()
+            notice = {"event_type": "spot_interruption", "instance_id": "i-0123456789abcdef0", "occurred_at": now}
+            events = {"cluster_id": str(tenant.cluster_id), "events": [notice]}
+            told = await api.call("POST", "/client/events", tenant.agent_key, json=events)
+            assert (told.status_code, told.json().get("accepted")) == (200, 1), told.text
+            pushed = await api.call("POST", "/events/aws", tenant.admin_key, json={"id": "no event"})
+            assert (pushed.status_code, pushed.json().get("outcome")) == (202, "quarantined"), pushed.text
             release.set()
 
 
