@@ -119,7 +119,7 @@ async def test_one_storm_is_one_call_per_pool(stage: Stage, launchers: list[Laun
     await _warn(stage, await stage.launch_nodes(45))
     await launchers[0].plan_round()
     await launchers[0].finish_calls(10)
-    calls = [call for call in stage.aws.history(action="RunInstances") if call["params"].get("ClientToken")]
+    calls = [call for call in stage.aws.history(action="RunInstances") if call["session"]]
     pools = {(c["params"]["InstanceType"], c["params"]["Placement"]["AvailabilityZone"]) for c in calls}
     assert len(stage.ours()) == 45
     assert len(calls) == len(pools) <= 3
@@ -172,7 +172,7 @@ async def test_two_hundred_launches_in_a_minute_take_few_calls(
 
         await stage.until(all_launched, 60)
         await asyncio.sleep(5)
-        calls = [call for call in stage.aws.history(action="RunInstances") if call["params"].get("ClientToken")]
+        calls = [call for call in stage.aws.history(action="RunInstances") if call["session"]]
         ours = [call for call in calls if "cloudoptim:batch" in str(call["params"])]
         throttled = [call for call in ours if "RequestLimitExceeded" in call["outcome"]]
         print(f"\n{len(stage.ours())} instances by {len(ours)} calls, {len(throttled)} throttled")  # noqa: T201
