@@ -426,8 +426,8 @@ async def quarantined_last_hour(conn: AsyncConnection, customer_id: UUID) -> int
 _ADD_PENALTIES = text("""
     INSERT INTO pool_standings AS p (customer_id, region, availability_zone, instance_type, penalty, updated_at,
                                      interruptions, refusals, rebalances, last_reason)
-    SELECT customer_id, region, availability_zone, instance_type, penalty, now(), interruptions, refusals, rebalances,
-           last_reason
+    SELECT customer_id, region, availability_zone, instance_type, least(:ceiling, penalty), now(), interruptions,
+           refusals, rebalances, last_reason
     FROM jsonb_populate_recordset(CAST(NULL AS pool_standings), CAST(:rows AS jsonb))
     ORDER BY region, availability_zone, instance_type
     ON CONFLICT (customer_id, region, availability_zone, instance_type) DO UPDATE SET

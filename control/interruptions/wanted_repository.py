@@ -11,9 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from control.interruptions.launch_repository import BatchRow
 
 # Of a cluster ``c``: what is open. A maintenance of next week is an interruption too, and no reason to wait until then;
-# interruptions of instances that no cluster has claimed yet may be this cluster's.
+# interruptions of instances in its region that no cluster has claimed yet may be this cluster's.
 _OPEN_HERE = """i.customer_id = c.customer_id AND i.state <> 'closed' AND i.deadline_at < now() + interval '1 hour'
-    AND (i.cluster_id = c.id OR i.cluster_id IS NULL)"""
+    AND (i.cluster_id = c.id OR (i.cluster_id IS NULL AND i.region = c.region))"""
 IN_FLIGHT = f"(SELECT count(*) FROM interruptions i WHERE {_OPEN_HERE})"
 
 # Of a return's launch ``l``: interruptions go first. Where its old node is being lost itself, it is the replacement.

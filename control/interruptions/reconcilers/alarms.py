@@ -36,7 +36,7 @@ ENDING, LAUNCHES, NEVER_SEEN, ADOPT_ONLY, ADOPTED = "ending", "launches", "never
 # Why an adopted instance is not ours to end.
 _NOT_OURS = {
     "restored": "was launched before the database was restored",
-    "node": "was a node of a cluster when its launch had been given up",
+    "node": "was a node of a cluster and has left it",
     "copied": "has our tags from the instance it was copied from, and was not launched by us",
 }
 REMEDIES = {

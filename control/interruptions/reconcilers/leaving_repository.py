@@ -87,6 +87,7 @@ async def in_flight(conn: AsyncConnection, customer_id: UUID) -> InFlight:
     return InFlight(**(await conn.execute(_IN_FLIGHT, {"id": customer_id})).one()._mapping)
 
 
+# Calls, intents, attempts: the order in which an answer that comes meanwhile takes them.
 _GIVE_UP = (
     text("""
         UPDATE customers SET status = 'offboarded', aws_role_arn = NULL, sqs_queue_url = NULL, aws_account_id = NULL,
@@ -96,11 +97,6 @@ _GIVE_UP = (
     # Without a role there is nothing to ask, now or later.
     text("DELETE FROM refused_endings WHERE customer_id = :id"),
     text("""
-        UPDATE launch_attempts SET state = 'abandoned', ended_at = now(), version = version + 1,
-            failure = 'the customer was off-boarded before it could be ended'
-        WHERE customer_id = :id AND state IN ('terminating', 'unknown', 'calling', 'launched', 'adopted')
-    """),
-    text("""
         UPDATE launch_batches SET state = 'abandoned', version = version + 1, lease_until = NULL, leased_by = NULL
         WHERE customer_id = :id AND state IN ('calling', 'unknown')
     """),
@@ -108,6 +104,15 @@ _GIVE_UP = (
         UPDATE launch_intents SET state = 'cancelled', reason = 'customer off-boarded', version = version + 1,
             lease_until = NULL, leased_by = NULL
         WHERE customer_id = :id AND state IN ('planned', 'launching', 'launched', 'blocked')
+    """),
+    text("""
+        UPDATE launch_attempts SET state = 'abandoned', ended_at = now(), version = version + 1,
+            failure = 'the customer was off-boarded before it could be ended'
+        WHERE customer_id = :id AND state IN ('terminating', 'unknown', 'calling', 'launched', 'adopted')
+    """),
+    text("""
+        UPDATE lifecycle_actions SET state = 'left', ended_at = now(), reason = 'the customer was off-boarded'
+        WHERE customer_id = :id AND state = 'open'
     """),
 )
 

@@ -35,9 +35,10 @@ class Hook:
 # A claim is a postponement: whoever dies with it is followed after the same few seconds.
 _CLAIM = text("""
     WITH due AS (
-        SELECT customer_id, token FROM lifecycle_actions
-        WHERE state = 'open' AND next_action_at <= now()
-        ORDER BY next_action_at LIMIT :limit FOR UPDATE SKIP LOCKED
+        SELECT a.customer_id, a.token FROM lifecycle_actions a
+        JOIN customers m ON m.id = a.customer_id AND m.status IN ('active', 'degraded')
+        WHERE a.state = 'open' AND a.next_action_at <= now()
+        ORDER BY a.next_action_at LIMIT :limit FOR UPDATE OF a SKIP LOCKED
     ), claimed AS (
         UPDATE lifecycle_actions a SET next_action_at = now() + make_interval(secs => :seconds)
         FROM due WHERE a.customer_id = due.customer_id AND a.token = due.token
@@ -48,7 +49,7 @@ _CLAIM = text("""
            t.state AS drain, n.status AS node_status, m.aws_role_arn AS role_arn,
            CAST(m.external_id AS text) AS external_id
     FROM claimed a
-    JOIN customers m ON m.id = a.customer_id AND m.status IN ('active', 'degraded')
+    JOIN customers m ON m.id = a.customer_id
     LEFT JOIN interruptions i ON i.id = a.interruption_id
     LEFT JOIN agent_tasks t ON t.interruption_id = a.interruption_id AND t.dedupe_key = 'drain:' || a.interruption_id
     LEFT JOIN LATERAL (

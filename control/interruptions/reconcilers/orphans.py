@@ -64,13 +64,15 @@ async def compare(launcher: Launcher, place: Place) -> int:
     credentials = await launcher.accounts.credentials(facts)
     instances = await _ours(launcher, place, credentials)
     alive = {instance_id: instance for instance_id, instance in instances.items() if is_alive(instance)}
+    running = [name for name, instance in alive.items() if instance["State"]["Name"] in ("pending", "running")]
     batch_ids = {batch for instance in alive.values() if (batch := _uuid(tags_of(instance).get(TAG_BATCH)))}
     async with runtime.db.system() as conn:
-        await repository.mark_adopted(conn, place.customer_id, place.region, alive=sorted(alive))
+        await repository.mark_adopted(conn, place.customer_id, place.region, running=running)
         attempts = await repository.attempts_by_instance(conn, place.customer_id, sorted(instances))
         batches = await repository.batches(conn, place.customer_id, sorted(batch_ids))
         adopted = await repository.adopted(conn, place.customer_id, sorted(alive))
         nodes = await repository.ready_nodes(conn, place.customer_id, sorted(alive))
+        left = await repository.left_nodes(conn, place.customer_id, sorted(alive))
         silent = await repository.silent_clusters(conn, place.customer_id)
         counts = await repository.node_counts(conn, place.customer_id)
         adopt_only = await repository.adopt_only(conn, place.customer_id)
@@ -83,7 +85,10 @@ async def compare(launcher: Launcher, place: Place) -> int:
             continue
         batch_id = _uuid(tags_of(instance).get(TAG_BATCH))
         whose = whose_is(instance, attempts.get(instance_id), batches.get(batch_id) if batch_id else None)
-        found[Whose.NODE if whose is Whose.NOBODY and instance_id in nodes else whose].append(instance_id)
+        was_ready = instance_id in attempts and attempts[instance_id].state == "ready"
+        if (whose is Whose.NOBODY and instance_id in nodes) or (was_ready and instance_id in left):
+            whose = Whose.NODE
+        found[whose].append(instance_id)
     for whose in (Whose.NODE, Whose.COPIED, Whose.RESTORED):
         await _adopt(launcher, place, whose, [instances[instance_id] for instance_id in found[whose]])
     if found[Whose.RESTORED]:

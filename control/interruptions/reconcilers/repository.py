@@ -175,6 +175,11 @@ _READY_NODES = text("""
     WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
       AND status IN ('ready', 'cordoned') AND terminated_at IS NULL
 """)
+# A node that is ending leaves its cluster a little before EC2 shows it so.
+_LEFT_NODES = text("""
+    SELECT instance_id FROM nodes WHERE customer_id = :customer_id AND instance_id = ANY(:instance_ids)
+    GROUP BY instance_id HAVING max(coalesce(terminated_at, 'infinity')) < now() - interval '10 minutes'
+""")
 _SILENT_CLUSTERS = text("""
     SELECT c.id FROM clusters c JOIN customers m ON m.id = c.customer_id
     WHERE c.customer_id = :customer_id AND c.status <> 'deleted' AND m.status NOT IN ('offboarding', 'offboarded')
@@ -186,6 +191,12 @@ async def ready_nodes(conn: AsyncConnection, customer_id: UUID, instance_ids: Se
     """Which of the instances are Ready nodes by their agents' word: pods may run there."""
     values = {"customer_id": customer_id, "instance_ids": list(instance_ids)}
     return set((await conn.execute(_READY_NODES, values)).scalars())
+
+
+async def left_nodes(conn: AsyncConnection, customer_id: UUID, instance_ids: Sequence[str]) -> set[str]:
+    """Which of the instances were nodes, and left their cluster ten minutes ago or earlier."""
+    values = {"customer_id": customer_id, "instance_ids": list(instance_ids)}
+    return set((await conn.execute(_LEFT_NODES, values)).scalars())
 
 
 async def silent_clusters(conn: AsyncConnection, customer_id: UUID) -> set[UUID]:
@@ -241,15 +252,15 @@ _ADOPTED = text("""
 
 # One that is not shown, or not with our tags, is none of our business any more.
 _MARK_ADOPTED = text("""
-    UPDATE adopted_instances SET ended_at = CASE WHEN instance_id = ANY(:alive) THEN NULL ELSE now() END
+    UPDATE adopted_instances SET ended_at = CASE WHEN instance_id = ANY(:running) THEN NULL ELSE now() END
     WHERE customer_id = :customer_id AND region = :region
-      AND (ended_at IS NOT NULL) = (instance_id = ANY(:alive))
+      AND (ended_at IS NOT NULL) = (instance_id = ANY(:running))
 """)
 
 
-async def mark_adopted(conn: AsyncConnection, customer_id: UUID, region: str, *, alive: Sequence[str]) -> None:
+async def mark_adopted(conn: AsyncConnection, customer_id: UUID, region: str, *, running: Sequence[str]) -> None:
     """Say of a region's adopted instances which of them run."""
-    values = {"customer_id": customer_id, "region": region, "alive": list(alive)}
+    values = {"customer_id": customer_id, "region": region, "running": list(running)}
     await conn.execute(_MARK_ADOPTED, values)
 
 

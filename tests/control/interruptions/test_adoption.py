@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import alarms, orphans
+from control.interruptions.reconcilers import alarms, orphans, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
@@ -240,4 +240,33 @@ async def test_what_was_adopted_and_never_joins_is_told_after_adopt_only_is_lift
     assert lost in told.reason
     assert "USD/h" in told.reason
     await stage.tenant.node(lost)
+    assert await _told(stage, launcher, "adopted") is None
+
+
+async def test_a_replacement_that_left_its_cluster_and_still_runs_is_told(stage: Stage, launcher: Launcher) -> None:
+    await _launch(stage, launcher)
+    (ours,) = stage.ours()
+
+    async def joined() -> int:
+        return await ready.run_once(launcher.runtime)
+
+    await stage.until(joined, 10)
+    stage.aws._instances.by_id[ours.instance_id].launched_at -= 3600
+    await _round(stage, launcher)
+    assert await _told(stage, launcher, "adopted") is None
+    # Somebody deleted the node; its instance is in no group that would end it.
+    left = (
+        "UPDATE nodes SET status = 'terminated', terminated_at = now() - interval '{}' "
+        "WHERE instance_id = :i RETURNING 1"
+    )
+    await stage.tenant.rows(left.format("5 minutes"), i=ours.instance_id)
+    await _round(stage, launcher)
+    assert await _told(stage, launcher, "adopted") is None, "it may be on its way out"
+    await stage.tenant.rows(left.format("11 minutes"), i=ours.instance_id)
+    assert await _round(stage, launcher) == 0
+    told = await _told(stage, launcher, "adopted")
+    assert ours.instance_id in told.reason
+    assert "USD/h" in told.reason
+    stage.aws.terminate(ours.instance_id)
+    await _round(stage, launcher)
     assert await _told(stage, launcher, "adopted") is None

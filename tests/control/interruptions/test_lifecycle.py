@@ -10,13 +10,14 @@ import pytest
 
 from control.gateways.aws import AwsGateway, Role
 from control.interruptions import closing
-from control.interruptions.reconcilers import lifecycle
+from control.interruptions.reconcilers import leaving, lifecycle
 from control.interruptions.reconcilers.lifecycle import Step, judge
 from control.interruptions.reconcilers.lifecycle_repository import Hook
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from tests.control.interruptions.tenants import create_tenant
 from warehouse.contracts import EventSource
 from warehouse.postgres.models import new_id
 
@@ -173,6 +174,35 @@ def _judged(**values: Any) -> Step:
         | values
     )
     return judge(hook, NOW + timedelta(seconds=5))[0]
+
+
+async def test_hooks_of_a_suspended_customer_wait_and_hold_up_nobody(
+    stage: Stage, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "LIMIT", 1)
+    stage.agent_works = False
+    (instance,) = await stage.launch_nodes()
+    action = stage.aws.begin_lifecycle_action(instance)
+    await _take_in(stage, runtime)
+    suspended = await create_tenant(stage.db)
+    await stage.tenant.rows(
+        "INSERT INTO lifecycle_actions (customer_id, token, region, group_name, hook_name, instance_id, transition, "
+        "next_action_at) VALUES (:other, 'token', 'us-east-1', 'group', 'hook', 'i-0', 'terminating', "
+        "now() - interval '1 hour') RETURNING 1",
+        other=suspended.customer_id,
+    )
+    await suspended.rows("UPDATE customers SET status = 'suspended' WHERE id = :customer_id RETURNING 1")
+    await _due(stage)
+    await suspended.rows(
+        "UPDATE lifecycle_actions SET next_action_at = now() - interval '1 hour' WHERE customer_id = :customer_id "
+        "RETURNING 1"
+    )
+    assert await lifecycle.run_once(runtime) == 1
+    assert action.heartbeats == 1
+    await suspended.rows("UPDATE customers SET status = 'offboarding' WHERE id = :customer_id RETURNING 1")
+    await leaving.run_once(runtime)
+    left = await suspended.row("SELECT state FROM lifecycle_actions WHERE customer_id = :customer_id")
+    assert left.state == "left"
 
 
 def test_what_is_done_about_a_hook() -> None:

@@ -356,6 +356,17 @@ async def test_an_interruption_that_comes_after_the_plan_began_launches_first(st
     assert (await stage.tenant.row(states)).state == "ready"
 
 
+async def test_a_warning_of_nobody_in_another_region_holds_nothing(stage: Stage, launcher: Launcher) -> None:
+    await _stand_in(stage, launcher)
+    await _warn(stage, "i-0fedcba9876543210")
+    nobodys = "UPDATE interruptions SET region = :r WHERE instance_id = 'i-0fedcba9876543210' RETURNING state"
+    assert (await stage.tenant.row(nobodys, r="us-east-1")).state == "unmatched"
+    assert await returning.consider(launcher) == 0, "it may be this cluster's"
+    await stage.tenant.row(nobodys, r="eu-west-1")
+    await _again(stage)
+    assert await returning.consider(launcher) == 1
+
+
 async def test_an_interruption_between_commit_and_call_withdraws_the_launch_of_a_return(
     stage: Stage, launcher: Launcher
 ) -> None:

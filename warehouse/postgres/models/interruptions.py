@@ -287,9 +287,9 @@ class RoundClaim(Base):
 class AdoptedInstance(Base):
     """An instance with our tags that we may not end.
 
-    ``reason``: the database knew nothing of it, because it was ``restored`` from before its launch; it is a Ready
-    ``node`` though its attempt was given up; or its tags were ``copied`` by whoever launched it. ``ended_at``: EC2
-    shows it no more with our tags.
+    ``reason``: the database knew nothing of it, because it was ``restored`` from before its launch; it is or was a
+    Ready ``node`` and no launch waits for it any more; or its tags were ``copied`` by whoever launched it.
+    ``ended_at``: EC2 does not show it running with our tags any more.
     """
 
     __tablename__ = "adopted_instances"

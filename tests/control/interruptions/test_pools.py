@@ -1,0 +1,35 @@
+"""What pools did to a customer, as it is kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from control.interruptions import launch_repository, pools, repository
+from tests.control.interruptions.tenants import Tenant
+from warehouse.postgres.session import Database
+
+POOL = ("us-east-1", "us-east-1a", "m5.large")
+
+
+async def _seen(db: Database, tenant: Tenant, what: str, times: int) -> float:
+    """After so many more of these in one transaction: the pool's standing now."""
+    rows = pools.penalties(tenant.customer_id, [(*POOL, what)] * times)
+    async with db.system() as conn:
+        await repository.add_penalties(conn, rows, half_life_seconds=pools.HALF_LIFE_SECONDS, ceiling=pools.CEILING)
+        return (await launch_repository.standings(conn, tenant.customer_id, "us-east-1"))["us-east-1a", "m5.large"]
+
+
+async def test_points_add_up_and_halve(db: Database, tenant: Tenant, other_tenant: Tenant) -> None:
+    assert await _seen(db, tenant, "interruption", 1) == pytest.approx(pools.INTERRUPTION_PENALTY)
+    await tenant.rows("UPDATE pool_standings SET updated_at = now() - interval '30 minutes' RETURNING 1")
+    two = pools.INTERRUPTION_PENALTY / 2 + pools.REFUSAL_PENALTY
+    assert await _seen(db, tenant, "refusal", 1) == pytest.approx(two, rel=1e-3)
+    row = await tenant.row("SELECT interruptions, refusals, rebalances FROM pool_standings")
+    assert tuple(row) == (1, 1, 0)
+    async with db.system() as conn:
+        assert await launch_repository.standings(conn, other_tenant.customer_id, "us-east-1") == {}
+
+
+async def test_a_storm_holds_a_pool_back_no_longer_than_the_ceiling_says(db: Database, tenant: Tenant) -> None:
+    assert await _seen(db, tenant, "interruption", 200) == pytest.approx(pools.CEILING), "the first word, too"
+    assert await _seen(db, tenant, "interruption", 200) == pytest.approx(pools.CEILING, rel=1e-3)
