@@ -308,8 +308,13 @@ async def test_what_cannot_be_ended_because_the_role_is_gone_is_told_and_can_be_
     assert (attempt.state, "off-boarded" in attempt.failure) == ("abandoned", True)
 
 
-async def test_a_deleted_clusters_replacement_that_never_joined_is_ended(stage: Stage, launcher: Launcher) -> None:
-    (instance,) = await launched(stage, launcher)
+@pytest.mark.parametrize("marked", [False, True])
+async def test_a_deleted_clusters_replacement_that_never_joined_is_ended(
+    stage: Stage, launcher: Launcher, marked: bool
+) -> None:
+    """Also when it was to be ended before as never Ready: no agent will say any more whether it is."""
+    (instance,) = await (never_ready_replacements if marked else launched)(stage, launcher)
+    await stage.tenant.rows("UPDATE clusters SET last_seen_at = now() - interval '12 minutes' RETURNING 1")
     async with stage.db.system() as conn:
         await conn.execute(
             text("UPDATE clusters SET status = 'deleted' WHERE id = :id"), {"id": stage.tenant.cluster_id}

@@ -16,7 +16,7 @@ from control.interruptions import closing, returning
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Limits, Market, TypeFacts
 from control.interruptions.launching import Launcher
-from control.interruptions.reconcilers import invariants, ready
+from control.interruptions.reconcilers import invariants, leaving, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers.ending import claim_endings
 from control.interruptions.return_rule import (
@@ -591,6 +591,25 @@ async def test_the_old_node_waits_for_its_clusters_round_and_for_a_person(
     await returning.advance(launcher)
     assert not _alive(stage, old)
     assert (await _plan(stage)).status == "succeeded"
+
+
+async def test_a_customer_that_leaves_keeps_its_role_until_its_return_has_stopped(
+    stage: Stage, launcher: Launcher
+) -> None:
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    await stage.tenant.rows("UPDATE customers SET status = 'offboarding' WHERE id = :customer_id RETURNING 1")
+    assert await leaving.run_once(launcher.runtime) == 0, "a plan runs"
+    customer = "SELECT status, aws_role_arn FROM customers WHERE id = :customer_id"
+    assert (await stage.tenant.row(customer)).aws_role_arn is not None
+    assert await returning.advance(launcher) == 1
+    assert (await _plan(stage)).status == "stopped"
+    assert await leaving.run_once(launcher.runtime) == 1
+    assert (await stage.tenant.row(customer)).status == "offboarded"
+    assert old in _running(stage), "Ready nodes stay the customer's"
+    assert len(_running(stage)) == 2
+    assert await stage.tenant.rows("SELECT 1 FROM agent_tasks WHERE interruption_id IS NULL") == []
 
 
 async def test_an_old_node_that_lost_our_tag_is_never_ended(stage: Stage, launcher: Launcher) -> None:
