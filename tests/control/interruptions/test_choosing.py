@@ -30,6 +30,7 @@ TYPES = {
         ("m5.xlarge", 4, 16, 0.192),
         ("m5.4xlarge", 16, 64, 0.768),
         ("c5.large", 2, 4, 0.085),
+        ("r5.large", 2, 16, 0.126),
     )
 }
 SPOT = {(zone, name): facts.on_demand_usd_per_hour * 0.4 for zone in ZONES for name, facts in TYPES.items()}
@@ -59,6 +60,12 @@ def test_same_type_elsewhere_then_other_types_then_on_demand() -> None:
     assert Pool("m5.large", "us-east-1a", "spot") not in {
         Pool(pool.instance_type, pool.availability_zone, pool.node_type) for pool in tried
     }
+
+
+def test_what_ran_fits_again_in_cores_and_in_memory() -> None:
+    # r5.large has the memory of an m5.xlarge and half of its cores.
+    tried = ladder(market(), wanted=Wanted("m5.xlarge", "us-east-1a", "spot"))
+    assert {pool.instance_type for pool in tried} == {"m5.xlarge"}
 
 
 def test_the_cheaper_zone_first() -> None:
