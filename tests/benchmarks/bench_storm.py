@@ -103,7 +103,7 @@ async def storm(found: Stage, notices: int, clusters: int, seconds: float, worke
 
 
 def _ours(call: dict[str, Any]) -> bool:
-    return bool(call["params"].get("ClientToken"))
+    return bool(call["session"])
 
 
 def _memory(found: Stage) -> list[int]:
