@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -24,6 +25,10 @@ COMMIT_BYTES = 2 << 20
 # A warning has less than a kilobyte. A body above this is not taken in with warnings, which do not wait for it: to read
 # and write one of 1 MiB takes as long as hundreds of them (R-14).
 LARGE_BYTES = 32 << 10
+# Reading a large body holds up the whole process for some 20 ms. It waits until nothing came or was taken in for this
+# long, and no longer than that.
+QUIET_SECONDS = 0.01
+PATIENCE_SECONDS = 1.0
 
 
 def size_of(messages: Sequence[SqsMessage]) -> int:
@@ -77,6 +82,7 @@ class Buffer:
         self.lanes = (self.small, self.large)
         self._room = asyncio.Event()
         self._room.set()
+        self._moved_at = time.monotonic()
 
     def add(self, messages: Sequence[SqsMessage]) -> int:
         """Messages that were received; returns the bytes of their bodies."""
@@ -86,6 +92,7 @@ class Buffer:
             lane.filled.set()
         size = size_of(messages)
         self._hold(size)
+        self._moved_at = time.monotonic()
         return size
 
     @property
@@ -112,6 +119,15 @@ class Buffer:
         size, lane.taking = size_of(lane.taking), []
         self._hold(-size)
         self._room.set()
+        self._moved_at = time.monotonic()
+
+    async def quiet(self) -> None:
+        """Wait for a good moment to read a large body."""
+        now = time.monotonic()
+        ends = now + PATIENCE_SECONDS
+        while now < (until := min(self._moved_at + QUIET_SECONDS, ends)):
+            await asyncio.sleep(until - now)
+            now = time.monotonic()
 
     def empty(self) -> list[SqsMessage]:
         """All that is not taken in, the batches under way included; the buffer holds nothing afterwards."""

@@ -309,6 +309,8 @@ class QueueReader:
     async def _commit(self, lane: Lane) -> None:
         while lane.waiting or not self._closing:
             await lane.filled.wait()
+            if lane is self.buffer.large and not self._closing:
+                await self.buffer.quiet()
             batch = lane.next_batch()
             if not batch:
                 continue

@@ -15,8 +15,9 @@ import pytest
 from sqlalchemy import text
 
 from control.errors import Invalid
-from control.gateways.aws import AwsError, AwsGateway
+from control.gateways.aws import AwsError, AwsGateway, SqsMessage
 from control.interruptions import views
+from control.interruptions.buffer import LARGE_BYTES, PATIENCE_SECONDS, QUIET_SECONDS, Buffer, Held
 from control.interruptions.intake import (
     COMMITS_AT_ONCE,
     CUSTOMERS_SECONDS,
@@ -243,6 +244,26 @@ async def test_warnings_do_not_wait_for_a_large_body_of_their_queue(stage: Stage
     await stage.until(emptied, 20)
     kept = await stage.tenant.rows("SELECT reason FROM inbox_messages WHERE outcome = 'quarantined'")
     assert [row.reason.split(":")[0] for row in kept] == ["not_json"]
+
+
+async def test_a_large_body_waits_for_a_quiet_moment_and_not_for_ever() -> None:
+    buffer = Buffer(Held())
+    small = SqsMessage("id", "handle", "{}", None, 1)
+    buffer.add([replace(small, body="x" * (LARGE_BYTES + 1)), small])
+    came_at = time.monotonic()
+    buffer.add([small])
+    await asyncio.wait_for(buffer.quiet(), 5)
+    assert time.monotonic() - came_at >= QUIET_SECONDS
+
+    async def flood() -> None:
+        while True:
+            buffer.add([small])
+            await asyncio.sleep(QUIET_SECONDS / 10)
+
+    flooding = asyncio.create_task(flood())
+    await asyncio.wait_for(buffer.quiet(), PATIENCE_SECONDS + 1)
+    flooding.cancel()
+    assert len(buffer.large.next_batch()) == 1
 
 
 async def test_poison_one_to_one_with_good_warnings_over_the_queue(stage: Stage, intake: Intake) -> None:
