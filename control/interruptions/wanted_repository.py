@@ -38,7 +38,8 @@ _WITHHELD = text(f"""
         WHEN c.status = 'deleted' OR m.status IN ('suspended', 'offboarding', 'offboarded')
             THEN 'the cluster or its customer is gone'
         WHEN NOT EXISTS (SELECT FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
-                         WHERE a.batch_id = b.id AND l.state = 'launching') THEN 'nobody waits for it any more'
+                         WHERE a.batch_id = b.id AND l.state = 'launching' AND l.deadline_at > now())
+            THEN 'nobody waits for it any more'
         WHEN EXISTS (SELECT FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
                      WHERE a.batch_id = b.id AND {_HELD}) THEN 'an interruption is in flight'
         WHEN b.created_at < now() - make_interval(secs => :seconds) THEN 'the choice is too old'

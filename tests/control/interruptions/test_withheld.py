@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from control.interruptions.launching import Launcher
+from control.interruptions.reconcilers import deadlines, leaving
 from control.interruptions.reconcilers import launch as launch_reconciler
-from control.interruptions.reconcilers import leaving
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
@@ -74,6 +74,15 @@ async def test_for_a_deleted_cluster_it_is_not_called(stage: Stage, launcher: La
         "SELECT a.state, l.state AS intent FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id"
     )
     assert (attempt.state, attempt.intent, stage.ours()) == ("failed", "cancelled", [])
+
+
+async def test_after_its_window_it_is_not_called(stage: Stage, launcher: Launcher) -> None:
+    await _killed_before_the_call(stage, launcher)
+    await stage.tenant.rows("UPDATE launch_intents SET deadline_at = now() - interval '1 second' RETURNING 1")
+    assert await _taken_over(stage, launcher) == 0
+    await deadlines.run_once(launcher.runtime)
+    intent = await stage.tenant.row("SELECT state, reason FROM launch_intents")
+    assert (intent.state, "window" in intent.reason) == ("exhausted", True)
 
 
 async def test_it_is_withdrawn_also_while_the_role_cannot_be_assumed(stage: Stage, launcher: Launcher) -> None:
