@@ -109,7 +109,12 @@ class Accounts:
             group = user_data_group(instance)
             by_zone = subnets_by_zone(subnets.get(instance.get("VpcId", ""), []))
             devices = block_devices_of(groups[group], volumes)
-            template = template_of(instance, by_zone, user_data[group], devices)
+            zone_ids = {
+                subnet["AvailabilityZone"]: subnet["AvailabilityZoneId"]
+                for subnet in subnets.get(instance.get("VpcId", ""), [])
+                if subnet.get("AvailabilityZoneId")
+            }
+            template = template_of(instance, by_zone, user_data[group], devices, zone_ids)
             learned[instance["InstanceId"]] = template
             mark = fingerprint(template)
             row = rows.setdefault(

@@ -1,4 +1,4 @@
-"""All SQL of the launch branch: intents, batches, attempts, templates and what a choice reads."""
+"""SQL of the launch branch: intents, batches, attempts, clusters and templates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control.interruptions import pools
 from control.interruptions.repository import insert_rows, to_json
 from control.interruptions.states import LAUNCH_WINDOW
 
@@ -422,41 +421,6 @@ async def recent_launches(conn: AsyncConnection, customer_id: UUID, region: str,
     """What a customer launched lately, for its caps; and how fast this cluster's account is calling."""
     values = {"customer_id": customer_id, "region": region, "cluster_id": cluster_id}
     return RecentLaunches(**(await conn.execute(_RECENT, values)).one()._mapping)
-
-
-_TYPES = text("""
-    SELECT instance_type, vcpus, memory_gib, CAST(price_usd_per_hour AS double precision) AS price
-    FROM on_demand_price
-    WHERE region = :region AND product LIKE 'Linux%' AND vcpus > 0 AND memory_gib > 0 AND price_usd_per_hour > 0
-""")
-_SPOT = text("""
-    SELECT availability_zone, instance_type, CAST(price_usd_per_hour AS double precision) AS price
-    FROM spot_price_current
-    WHERE region = :region AND product LIKE 'Linux/UNIX%' AND availability_zone IS NOT NULL AND price_usd_per_hour > 0
-""")
-_STANDINGS = text("""
-    SELECT availability_zone, instance_type,
-           penalty * power(0.5, extract(epoch FROM now() - updated_at) / :half_life_seconds) AS penalty
-    FROM pool_standings WHERE customer_id = :customer_id AND region = :region
-""")
-
-
-async def prices(
-    conn: AsyncConnection, region: str
-) -> tuple[list[tuple[str, float, float, float]], list[tuple[str, str, float]]]:
-    """(type, vcpus, GiB, On-Demand USD/h) and (zone, type, Spot USD/h) of a region."""
-    types = [tuple(row) for row in await conn.execute(_TYPES, {"region": region})]
-    spot = [tuple(row) for row in await conn.execute(_SPOT, {"region": region})]
-    return types, spot
-
-
-async def standings(conn: AsyncConnection, customer_id: UUID, region: str) -> dict[tuple[str, str], float]:
-    """A customer's pools that did badly, by (zone, type), decayed to now; a whole zone under ``pools.ZONE``."""
-    result = await conn.execute(
-        _STANDINGS,
-        {"customer_id": customer_id, "region": region, "half_life_seconds": pools.HALF_LIFE_SECONDS},
-    )
-    return pools.with_zones({(row.availability_zone, row.instance_type): row.penalty for row in result})
 
 
 # --- templates

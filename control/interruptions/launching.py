@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.gateways.aws import AwsError
-from control.interruptions import answers, launch_repository, metrics, wanted_repository
+from control.interruptions import answers, launch_repository, market_repository, metrics, wanted_repository
 from control.interruptions.accounts import Accounts
 from control.interruptions.answers import Meaning
 from control.interruptions.calling import THROTTLED_SECONDS, Calls, heartbeat
@@ -29,6 +29,7 @@ from control.interruptions.caps import Caps
 from control.interruptions.choosing import Market, TypeFacts
 from control.interruptions.freezing import Planned, choice_for, freeze, limits_of, storm_pause, tried
 from control.interruptions.launch_repository import ClusterFacts, IntentRow
+from control.interruptions.market_repository import SpotPrice
 from control.interruptions.moving import Moves, apply_events, intent_of
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import Attempted, Cancel, IntentState, NoCandidate, Unblocked, apply_launch
@@ -61,7 +62,7 @@ class Launcher:
         self.runtime = runtime
         self.accounts = Accounts(runtime)
         self.calls = Calls(runtime, self.accounts)
-        self._markets: dict[str, tuple[float, dict[str, TypeFacts], dict[tuple[str, str], float]]] = {}
+        self._markets: dict[str, tuple[float, dict[str, TypeFacts], list[SpotPrice]]] = {}
         self._plans: set[asyncio.Task[None]] = set()
         # What other loops do in the background for one account: stopped with the launches.
         self.others: set[asyncio.Task[int]] = set()
@@ -161,8 +162,10 @@ class Launcher:
                 )
                 return
             caps = Caps.of(cluster.config, recent.launches_last_hour, recent.spend_last_hour_usd)
-            types, spot = await self._market(conn, cluster.region)
-            standings = await launch_repository.standings(conn, cluster.customer_id, cluster.region)
+            types, prices = await self._market(conn, cluster.region)
+            zone_names = await market_repository.zone_names(conn, cluster.cluster_id)
+            spot = market_repository.spot_by_pool(prices, zone_names)
+            standings = await market_repository.standings(conn, cluster.customer_id, cluster.region)
             locked = await launch_repository.lock_intents(conn, [intent.id for intent in intents])
             attempts = await launch_repository.attempts_of(conn, list(locked))
             overtaken = await wanted_repository.overtaken_intents(conn, list(locked))
@@ -243,17 +246,10 @@ class Launcher:
         for batch in frozen.batches:
             self.calls.call_soon(batch, cluster)
 
-    async def _market(
-        self, conn: AsyncConnection, region: str
-    ) -> tuple[dict[str, TypeFacts], dict[tuple[str, str], float]]:
+    async def _market(self, conn: AsyncConnection, region: str) -> tuple[dict[str, TypeFacts], list[SpotPrice]]:
         known = self._markets.get(region)
         if known is None or time.monotonic() - known[0] > MARKET_SECONDS:
-            types, spot = await launch_repository.prices(conn, region)
-            known = (
-                time.monotonic(),
-                {row[0]: TypeFacts(*row) for row in types},
-                {(zone, name): price for zone, name, price in spot},
-            )
+            known = (time.monotonic(), *await market_repository.prices(conn, region))
             self._markets[region] = known
         return known[1], known[2]
 

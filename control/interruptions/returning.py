@@ -20,12 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from control.agents.repository import NewTask, create_tasks
 from control.gateways.aws import AwsError
-from control.interruptions import launch_repository, metrics, repository, return_repository
+from control.interruptions import launch_repository, market_repository, metrics, repository, return_repository
 from control.interruptions.caps import Caps
 from control.interruptions.choosing import Market, TypeFacts
 from control.interruptions.freezing import limits_of
 from control.interruptions.launch_repository import ClusterFacts
 from control.interruptions.launching import Launcher
+from control.interruptions.market_repository import SpotPrice
 from control.interruptions.moving import apply_events
 from control.interruptions.reconcilers import refusals_repository
 from control.interruptions.reconcilers.ending import claim_endings, note_refused, terminate_ours
@@ -66,27 +67,26 @@ async def judged(
 ) -> list[Judged]:
     """All stand-ins the connection's scope shows, each judged by what tables say now."""
     found = await return_repository.stand_ins(conn, customer_id=customer_id, region=region, limit=LIMIT)
-    markets: dict[str, tuple[dict[str, TypeFacts], dict[tuple[str, str], float]]] = {}
+    markets: dict[str, tuple[dict[str, TypeFacts], list[SpotPrice]]] = {}
     known: dict[tuple[UUID, str, UUID], tuple[Any, ...]] = {}
     result = []
     for row, node in found:
         if row.region not in markets:
-            types, spot = await launch_repository.prices(conn, row.region)
-            markets[row.region] = (
-                {facts[0]: TypeFacts(*facts) for facts in types},
-                {(zone, name): price for zone, name, price in spot},
-            )
+            markets[row.region] = await market_repository.prices(conn, row.region)
         key = (row.customer_id, row.region, row.id)
         if key not in known:
+            types, prices = markets[row.region]
+            names = await market_repository.zone_names(conn, row.id)
             known[key] = (
+                types,
+                market_repository.spot_by_pool(prices, names),
                 await return_repository.config(conn, row.customer_id),
                 await return_repository.records(conn, row.customer_id, row.region),
-                await launch_repository.standings(conn, row.customer_id, row.region),
+                await market_repository.standings(conn, row.customer_id, row.region),
                 await launch_repository.recent_launches(conn, row.customer_id, row.region, row.id),
             )
-        config, records, standings, recent = known[key]
-        types_of, spot_of = markets[row.region]
-        market = Market([row.availability_zone], types_of, spot_of, standings)
+        types, spot, config, records, standings, recent = known[key]
+        market = Market([row.availability_zone], types, spot, standings)
         caps = Caps.of(config, recent.launches_last_hour, recent.spend_last_hour_usd)
         verdict = judge(node, market, limits_of(config), records, caps, config, now)
         result.append(Judged(row, node, verdict))

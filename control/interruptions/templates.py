@@ -47,6 +47,7 @@ def template_of(
     subnets: Mapping[str, str],
     user_data: str | None,
     block_devices: Sequence[Mapping[str, Any]] = (),
+    zone_ids: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A template from one DescribeInstances item.
 
@@ -54,6 +55,7 @@ def template_of(
         subnets: subnet id per zone of the instance's VPC; the instance's own subnet wins in its zone.
         user_data: base64, as EC2 returns it.
         block_devices: as RunInstances takes them, from ``block_devices_of``.
+        zone_ids: of the account's zones, by its own names.
     """
     zone = instance.get("Placement", {}).get("AvailabilityZone")
     own = {zone: instance["SubnetId"]} if zone and instance.get("SubnetId") else {}
@@ -76,6 +78,8 @@ def template_of(
         template["user_data"] = user_data
     if options := instance.get("MetadataOptions"):
         template["metadata_options"] = {name: options[name] for name in _METADATA_OPTIONS if name in options}
+    if zone_ids:
+        template["zone_ids"] = dict(sorted(zone_ids.items()))
     if block_devices:
         template["block_devices"] = list(block_devices)
     return template

@@ -27,6 +27,7 @@ from control.agents import repository as tasks
 from control.bus.bells import Bells
 from control.gateways.aws import AwsGateway, Credentials, client_token
 from control.interruptions.repository import insert_rows
+from control.sandbox.aws import network
 from control.sandbox.aws.instances import Instance
 from control.sandbox.aws.server import SandboxAWS, SandboxConfig
 from tests.control.interruptions.tenants import Tenant, create_tenant
@@ -116,7 +117,7 @@ class Stage:
         spot = [
             common
             | {
-                "zone_id": f"id-{offer['Location']}",
+                "zone_id": network.zone_ids(self.tenant.account_id, self.tenant.region)[offer["Location"]],
                 "availability_zone": offer["Location"],
                 "instance_type": offer["InstanceType"],
                 "product": "Linux/UNIX",

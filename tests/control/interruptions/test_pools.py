@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from control.interruptions import launch_repository, pools, repository
+from control.interruptions import market_repository, pools, repository
+from control.interruptions.market_repository import SpotPrice, spot_by_pool
 from tests.control.interruptions.tenants import Tenant
 from warehouse.postgres.session import Database
 
@@ -16,7 +17,7 @@ async def _seen(db: Database, tenant: Tenant, what: str, times: int) -> float:
     rows = pools.penalties(tenant.customer_id, [(*POOL, what)] * times)
     async with db.system() as conn:
         await repository.add_penalties(conn, rows, half_life_seconds=pools.HALF_LIFE_SECONDS, ceiling=pools.CEILING)
-        return (await launch_repository.standings(conn, tenant.customer_id, "us-east-1"))["us-east-1a", "m5.large"]
+        return (await market_repository.standings(conn, tenant.customer_id, "us-east-1"))["us-east-1a", "m5.large"]
 
 
 async def test_points_add_up_and_halve(db: Database, tenant: Tenant, other_tenant: Tenant) -> None:
@@ -27,9 +28,24 @@ async def test_points_add_up_and_halve(db: Database, tenant: Tenant, other_tenan
     row = await tenant.row("SELECT interruptions, refusals, rebalances FROM pool_standings")
     assert tuple(row) == (1, 1, 0)
     async with db.system() as conn:
-        assert await launch_repository.standings(conn, other_tenant.customer_id, "us-east-1") == {}
+        assert await market_repository.standings(conn, other_tenant.customer_id, "us-east-1") == {}
 
 
 async def test_a_storm_holds_a_pool_back_no_longer_than_the_ceiling_says(db: Database, tenant: Tenant) -> None:
     assert await _seen(db, tenant, "interruption", 200) == pytest.approx(pools.CEILING), "the first word, too"
     assert await _seen(db, tenant, "interruption", 200) == pytest.approx(pools.CEILING, rel=1e-3)
+
+
+def test_prices_are_those_of_the_zone_and_not_of_its_name() -> None:
+    prices = [
+        SpotPrice("use1-az1", "us-east-1a", "m5.large", 0.01),
+        SpotPrice("use1-az2", "us-east-1b", "m5.large", 0.02),
+        SpotPrice("use1-az3", "us-east-1c", "m5.large", 0.04),
+        SpotPrice("use1-az3", "us-east-1c", "m5.large", 0.03),
+    ]
+    assert spot_by_pool(prices, {"use1-az1": "us-east-1b"}) == {
+        ("us-east-1b", "m5.large"): 0.01,
+        # Nobody knows what this account calls use1-az2: it is not us-east-1b.
+        ("us-east-1c", "m5.large"): 0.03,
+    }
+    assert spot_by_pool(prices, {})["us-east-1a", "m5.large"] == 0.01, "no zone of the account was seen yet"

@@ -11,6 +11,7 @@ from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import missed
 from control.interruptions.service import Received, ingest
 from control.interruptions.templates import block_devices_of
+from control.sandbox.aws import network
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
 from warehouse.contracts import EventSource
@@ -137,3 +138,29 @@ async def test_of_many_instances_of_a_template_those_seen_last_are_kept(stage: S
         ((_, kept),) = await launch_repository.templates(conn, stage.tenant.cluster_id)
     assert len(kept) == most
     assert {"i-0new", "i-9000000"} <= set(kept)
+
+
+async def test_the_cheapest_zone_is_found_under_the_name_the_account_has_for_it(
+    stage: Stage, launcher: Launcher
+) -> None:
+    lost = await _node(stage)
+    names = network.zone_names(stage.tenant.account_id, "us-east-1")
+    offered = await stage.tenant.rows(
+        "SELECT zone_id FROM spot_price_current WHERE instance_type = 'm5.large' AND availability_zone <> :lost "
+        "ORDER BY zone_id",
+        lost=stage.zone_of(lost),
+    )
+    cheapest = offered[0].zone_id
+    # The account whose prices we read names its zones in another order.
+    accounts = (network.zone_names(f"{number:012d}", "us-east-1") for number in range(1000))
+    others = next(found for found in accounts if found[cheapest] != names[cheapest])
+    for zone_id, name in others.items():
+        await stage.tenant.rows(
+            "UPDATE spot_price_current SET availability_zone = :name, price_usd_per_hour = "
+            "CASE WHEN zone_id = :cheapest THEN 0.02 ELSE 0.05 END WHERE zone_id = :zone_id RETURNING 1",
+            name=name,
+            zone_id=zone_id,
+            cheapest=cheapest,
+        )
+    ours = await _replaced(stage, launcher, lost)
+    assert (ours.instance_type, ours.zone_id) == ("m5.large", cheapest)
