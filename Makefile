@@ -27,8 +27,9 @@ $(STAMP): requirements.lock pyproject.toml deploy/install
 test: install browser ## the default lane, without the marked long ones
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Much of it waits for the product's own clocks: two of its modules at a time.
 acceptance: install ## the whole product on real input, figures printed
-	$(PYTEST) -m acceptance -s $(ARGS)
+	$(PYTEST) -m acceptance -n 2 --dist loadfile -rP $(ARGS)
 
 real-input: install ## nine months of real Spot prices: ingest, gaps, cost and savings, figures printed
 	$(PYTHON) -W ignore -m tests.acceptance.real_input --data "$${CLOUDOPTIM_SHARED_DATA:-../shared/data}"
