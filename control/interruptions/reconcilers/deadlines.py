@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from control.agents.repository import expire_overdue_tasks, requeue_expired_leases
-from control.interruptions import launch_repository
 from control.interruptions.moving import apply_events
+from control.interruptions.reconcilers import replacements_repository
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NoCandidate
 
@@ -18,7 +18,7 @@ async def run_once(runtime: Runtime) -> int:
     async with runtime.db.system() as conn:
         requeued = await requeue_expired_leases(conn, limit=LIMIT)
         expired = await expire_overdue_tasks(conn, limit=LIMIT)
-        overdue = await launch_repository.overdue_intents(conn, limit=LIMIT)
+        overdue = await replacements_repository.overdue_intents(conn, limit=LIMIT)
     for cluster_id in {task.cluster_id for task in requeued}:
         await runtime.bells.ring("tasks", cluster_id)
     if expired:

@@ -25,7 +25,7 @@ from control.interruptions import answers, launch_repository, metrics
 from control.interruptions.launch_repository import ClusterFacts
 from control.interruptions.launching import Launcher
 from control.interruptions.moving import Moves, apply_events, intent_of
-from control.interruptions.reconcilers import refusals_repository, repository
+from control.interruptions.reconcilers import refusals_repository, replacements_repository, repository
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NEVER_READY, InstanceEnded, NodeReady
 from control.interruptions.templates import is_ours
@@ -70,7 +70,7 @@ class Ending:
         runtime = self.launcher.runtime
         self._under_way = {cluster: task for cluster, task in self._under_way.items() if not task.done()}
         async with runtime.db.system() as conn:
-            rows = await launch_repository.ending_attempts(
+            rows = await replacements_repository.ending_attempts(
                 conn, share=CLUSTER_LIMIT, limit=LIMIT, busy=list(self._under_way)
             )
             if not rows:
@@ -135,7 +135,7 @@ async def _still_unwanted(runtime: Runtime, cluster: ClusterFacts, rows: Sequenc
     async with runtime.db.system() as conn:
         intents = await launch_repository.lock_intents(conn, [row.intent_id for row in rows])
         attempts = await launch_repository.attempts_of(conn, list(intents))
-        nodes = await launch_repository.nodes_of(
+        nodes = await replacements_repository.nodes_of(
             conn, cluster.customer_id, cluster.cluster_id, [row.instance_id for row in rows]
         )
         unwanted = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from control.interruptions import launch_repository
 from control.interruptions.moving import apply_events
+from control.interruptions.reconcilers import replacements_repository
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NeverReady
 
@@ -16,5 +16,5 @@ LIMIT = 100
 async def run_once(runtime: Runtime) -> int:
     """Mark what waited too long for termination; returns how many."""
     async with runtime.db.system() as conn:
-        intents = await launch_repository.never_ready_intents(conn, seconds=NEVER_READY_SECONDS, limit=LIMIT)
+        intents = await replacements_repository.never_ready_intents(conn, seconds=NEVER_READY_SECONDS, limit=LIMIT)
     return await apply_events(runtime, {intent_id: NeverReady() for intent_id in intents})

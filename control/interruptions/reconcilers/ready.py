@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from control.interruptions import launch_repository
 from control.interruptions.moving import apply_events
+from control.interruptions.reconcilers import replacements_repository
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import NodeReady
 
@@ -15,5 +15,5 @@ LIMIT = 500
 async def run_once(runtime: Runtime) -> int:
     """Mark attempts Ready; returns how many."""
     async with runtime.db.system() as conn:
-        rows = await launch_repository.ready_attempts(conn, limit=LIMIT)
+        rows = await replacements_repository.ready_attempts(conn, limit=LIMIT)
     return await apply_events(runtime, {row.intent_id: NodeReady() for row in rows})
