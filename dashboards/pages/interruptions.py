@@ -133,8 +133,8 @@ def headline(rows: Sequence[InterruptionRow], rates: Sequence[PoolRate]) -> Mark
         [
             ui.Kpi(
                 "Rate per 1,000 instance hours",
-                f"{overall.per_thousand:.2f}" if overall else ui.DASH,
-                f"95% interval {overall.low:.2f} to {overall.high:.2f} · {taken} in {hours:,.0f} h"
+                f"{overall.per_thousand:,.2f}" if overall else ui.DASH,
+                f"95% interval {overall.low:,.2f} to {overall.high:,.2f} · {taken} in {hours:,.1f} h"
                 if overall
                 else "no Spot hour recorded in the lake yet",
             ),
@@ -354,11 +354,11 @@ def pool_table(rates: Sequence[PoolRate]) -> Markup:
 
     def interval(pool: PoolRate) -> str:
         found = known[id(pool)]
-        return f"{found.low:.2f} to {found.high:.2f}" if found else ui.DASH
+        return f"{found.low:,.2f} to {found.high:,.2f}" if found else ui.DASH
 
     def shown(pool: PoolRate) -> Markup | str:
         found = known[id(pool)]
-        return ui.bar(found.per_thousand, largest, f"{found.per_thousand:.2f}") if found else ui.DASH
+        return ui.bar(found.per_thousand, largest, f"{found.per_thousand:,.2f}") if found else ui.DASH
 
     return ui.table(
         [
