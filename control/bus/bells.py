@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from uuid import UUID
 
 import redis.asyncio as redis
@@ -33,7 +34,9 @@ RING_TIMEOUT_SECONDS = 0.5
 RING_PAUSE_AFTER_FAILURE_SECONDS = 1.0
 RECONNECT_MIN_SECONDS = 0.1
 RECONNECT_MAX_SECONDS = 5.0
-PING_SECONDS = 10.0
+# A subscription is asked for a sign of life after this long without a word, and given up after as long again: the peer
+# of a half-open connection says nothing and refuses nothing. Meanwhile listeners poll.
+SILENCE_SECONDS = 4.0
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +70,7 @@ class Bells:
     woken once, because rings may have been missed.
     """
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, *, silence_seconds: float = SILENCE_SECONDS) -> None:
         self._client: redis.Redis = redis.Redis.from_url(
             redis_url,
             # Not a socket time-out: redis-py keeps it with wait_for, which loses a cancel before Python 3.12.
@@ -75,7 +78,7 @@ class Bells:
             socket_connect_timeout=None,
             max_connections=16,
         )
-        # A blocked read is normal here: no read time-out, pings find a dead peer.
+        # A blocked read is normal here: no read time-out, `_next` finds a dead peer.
         self._listening_client: redis.Redis = redis.Redis.from_url(
             redis_url, socket_timeout=None, socket_connect_timeout=2.0
         )
@@ -83,6 +86,7 @@ class Bells:
         self._task: asyncio.Task[None] | None = None
         self._subscribed = asyncio.Event()
         self._silent_until = 0.0
+        self._silence_seconds = silence_seconds
 
     @property
     def connected(self) -> bool:
@@ -133,12 +137,11 @@ class Bells:
         while True:
             try:
                 async with self._listening_client.pubsub() as subscription:
-                    await subscription.psubscribe(f"{CHANNEL_PREFIX}*")
+                    async with asyncio.timeout(self._silence_seconds):
+                        await subscription.psubscribe(f"{CHANNEL_PREFIX}*")
                     while True:
-                        message = await subscription.get_message(timeout=PING_SECONDS)
-                        if message is None:
-                            await subscription.ping()
-                        elif message["type"] == "psubscribe":
+                        message = await self._next(subscription)
+                        if message["type"] == "psubscribe":
                             self._subscribed.set()
                             delay = RECONNECT_MIN_SECONDS
                             self._wake_all()
@@ -151,6 +154,18 @@ class Bells:
                 self._subscribed.clear()
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
                 delay = min(delay * 2, RECONNECT_MAX_SECONDS)
+
+    async def _next(self, subscription: redis.client.PubSub) -> dict[str, Any]:
+        """The next message; raises TimeoutError when the peer says nothing for too long, asked for a word or not."""
+        # Around all of it: a reconnect within redis-py waits for its peer without a limit.
+        async with asyncio.timeout(self._silence_seconds * 2.5):
+            message: dict[str, Any] | None = await subscription.get_message(timeout=self._silence_seconds)
+            if message is None:
+                await subscription.ping()
+                message = await subscription.get_message(timeout=self._silence_seconds)
+        if message is None:
+            raise TimeoutError
+        return message
 
     def _wake_all(self) -> None:
         for bells in self._listeners.values():

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -73,6 +74,78 @@ async def test_a_dead_redis_costs_the_ringer_nothing_and_listeners_come_back(ser
         assert await bell.wait(5)
     await bells.close()
     server.stop()
+
+
+class Wire:
+    """Carries connections to Redis until it is `cut`: then they stay open and nobody says a word."""
+
+    def __init__(self, redis_url: str) -> None:
+        self.cut, self.accepted = False, 0
+        self._redis = urlsplit(redis_url)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Wire:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = self._redis._replace(netloc=self._redis.netloc.replace(str(self._redis.port), str(port))).geturl()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        far_reader, far_writer = await asyncio.open_connection(self._redis.hostname, self._redis.port)
+        silent = self.cut
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            self._tasks.add(asyncio.create_task(self._carry(source, target, silent=silent)))
+
+    async def _carry(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, silent: bool) -> None:
+        # What met a cut stays dead when the wire is whole again, as a connection that a firewall forgot.
+        try:
+            while data := await source.read(65_536):
+                silent = silent or self.cut
+                if not silent:
+                    target.write(data)
+                    await target.drain()
+        finally:
+            target.close()
+
+
+async def test_a_peer_that_falls_silent_is_given_up_and_bells_ring_over_a_new_connection(redis_url):
+    ringer, name = Bells(redis_url), uuid4()
+    async with Wire(redis_url) as wire:
+        bells = Bells(wire.url, silence_seconds=0.3)
+        async with bells.listen("tasks", name) as bell:
+            assert await bells.heard()
+            assert await bell.wait(5)  # woken by the subscription itself
+            wire.cut = True
+            await ringer.ring("tasks", name)
+            assert not await bell.wait(0.2)
+            async with asyncio.timeout(3):
+                while bells.connected or wire.accepted < 2:  # the next connection meets a silent peer as well
+                    await bell.wait(0.02)
+            wire.cut = False
+            assert await bell.wait(10)  # what was rung meanwhile may have been missed
+            assert bells.connected
+            await ringer.ring("tasks", name)
+            assert await bell.wait(2)
+        await bells.close()
+    await ringer.close()
+
+
+async def test_a_quiet_peer_that_answers_is_kept(redis_url):
+    async with Wire(redis_url) as wire:
+        bells = Bells(wire.url, silence_seconds=0.1)
+        bells.start()
+        assert await bells.heard()
+        await asyncio.sleep(1)
+        assert bells.connected
+        assert wire.accepted == 1
+        await bells.close()
 
 
 async def test_no_redis_at_all_leaves_only_the_poll():
