@@ -18,6 +18,7 @@ from control.agent.cluster import Cluster, ClusterError, Object
 from control.agent.collector import batch, collect, split
 from control.agent.config import AGENT_VERSION, AgentConfig, ConfigError, read_config
 from control.agent.notices import Noticed, events_body, notices_of
+from control.agent.rejections import names_of_events, names_of_samples, say_rejected
 from control.agent.server import Backoff, Pause, Rejected, Server, Unavailable, send_each
 from control.agent.spool import Sequence, Spool
 from control.agent.tasks import UNDERSTOOD
@@ -152,10 +153,9 @@ class Agent:
 
     def _send_batch(self, content: bytes) -> None:
         answer = self._server.send_metrics(content)
-        if answer.get("rejected"):
-            first = answer["rejected"][0]
-            log.warning("the server rejected %d samples, first %s", len(answer["rejected"]), first)
-        for warning in answer.get("warnings") or ():
+        say_rejected(answer, lambda: names_of_samples(content))
+        warnings = answer.get("warnings")
+        for warning in warnings if isinstance(warnings, list) else ():
             log.warning("the server warns: %s", warning)
 
     def _send_loop(self, spool: Spool, due: threading.Event, send: Callable[[bytes], None], what: str) -> None:
@@ -225,7 +225,10 @@ class Agent:
         self._events_due.set()
 
     def _send_events(self) -> None:
-        self._send_loop(self._events, self._events_due, self._server.send_events, "an event")
+        self._send_loop(self._events, self._events_due, self._send_noticed, "an event")
+
+    def _send_noticed(self, content: bytes) -> None:
+        say_rejected(self._server.send_events(content), lambda: names_of_events(content))
 
     # -- health
 

@@ -157,9 +157,9 @@ class Server:
         headers = {**_JSON, "Content-Encoding": "zstd"}
         return _object(self._send("POST", "/client/metrics", content=compressed, headers=headers))
 
-    def send_events(self, body: bytes) -> None:
-        """Send events."""
-        _object(self._send("POST", "/client/events", content=body, headers=_JSON))
+    def send_events(self, body: bytes) -> dict[str, Any]:
+        """Send events; returns the server's answer."""
+        return _object(self._send("POST", "/client/events", content=body, headers=_JSON))
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         sent_at = time.time()

@@ -62,7 +62,8 @@ class TaskServer:
     """Agent endpoints with real leases.
 
     `failing` makes every answer a 503, `captive` an HTML page with status 200; `lose_reports` drops n answers; reports
-    on tasks in `poison` and the first `poison_batches` batches are answered 500.
+    on tasks in `poison` and the first `poison_batches` batches are answered 500. `rejects` is what the answers to
+    metrics and events say was rejected of them.
     """
 
     def __init__(self, cluster_id: UUID, key: str) -> None:
@@ -77,6 +78,7 @@ class TaskServer:
         self.poison_batches = 0
         self.lose_reports = 0
         self.metrics_status = 200
+        self.rejects: Any = []
         self._lock = threading.Lock()
         routes = [
             Route("/api/v1/client/tasks", self._guard(self._poll)),
@@ -204,11 +206,11 @@ class TaskServer:
         duplicate = any(b.batch_id == data.batch_id for b in self.batches)
         if not duplicate:
             self.batches.append(data)
-        return JSONResponse({"accepted": len(data.samples.metric), "duplicate": duplicate, "rejected": []})
+        return JSONResponse({"accepted": len(data.samples.metric), "duplicate": duplicate, "rejected": self.rejects})
 
     async def _events(self, request: Request) -> Response:
         self.events.append(AgentEvents.model_validate_json(await request.body()))
-        return JSONResponse({"accepted": 1})
+        return JSONResponse({"accepted": 1, "rejected": self.rejects})
 
 
 class World:

@@ -7,6 +7,8 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+
 from tests.control.agent.harness import World, eventually
 from warehouse.contracts import METRICS, EventKind, NodeType
 
@@ -82,6 +84,37 @@ def test_a_rejected_batch_is_dropped_and_does_not_block_the_next(world: World) -
     world.server.metrics_status = 200
     eventually(lambda: world.server.batches)
     assert world.server.batches[0].seq > 0
+
+
+def test_what_the_server_rejects_of_a_batch_is_said_and_the_batch_is_not_sent_again(world: World) -> None:
+    world.add_node("n1")
+    world.server.rejects = [{"index": 0, "reason": "older than 24 hours"}]
+    world.start_agent(CLOUDOPTIM_AGENT_METRICS_SECONDS="0.3")
+    eventually(lambda: len(world.server.batches) >= 3)
+    sample = world.server.batches[0].samples
+    said = f"the server rejected {sample.metric[0]} of {sample.subject[0]}: older than 24 hours"
+    eventually(lambda: said in world.log.read_text())
+    assert len({batch.batch_id for batch in world.server.batches}) == len(world.server.batches)
+
+
+@pytest.mark.parametrize("rejects", [[{"index": 0, "reason": "no such kind"}], [{"index": 9}], {"0": "?"}, ["?"]])
+def test_a_rejected_event_is_said_and_not_sent_again_whatever_the_answer_looks_like(
+    world: World, rejects: object
+) -> None:
+    instance = world.add_node("n1")
+    world.start_agent()
+    eventually(lambda: world.server.batches)
+    world.server.rejects = rejects
+    notice = {"cloudoptim.io/imds-rebalance": json.dumps({"noticeTime": "2026-01-02T03:04:05Z"})}
+    world.core.patch_node("n1", {"metadata": {"annotations": notice}})
+    understood = rejects == [{"index": 0, "reason": "no such kind"}]
+    said = (
+        f"rebalance_recommendation of {instance}: no such kind" if understood else "something in words not understood"
+    )
+    eventually(lambda: f"send-events the server rejected {said}" in world.log.read_text(), 10)
+    time.sleep(1.5)  # the second try would be after half a second
+    assert len(world.server.events) == 1
+    assert not list((world.state_dir / "events").iterdir())
 
 
 def test_a_notice_on_a_node_reaches_the_server_within_seconds(world: World) -> None:
