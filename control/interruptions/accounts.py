@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from control.interruptions.templates import (
     block_devices_of,
     fingerprint,
     is_ours,
+    launched_by,
     launched_volumes,
     subnets_by_zone,
     template_of,
@@ -187,6 +189,7 @@ class Accounts:
         """The instances that EC2 shows of a call, dead ones too, in the order it launched them. Describe may not show
         all of them yet (C-10)."""
         found: list[dict[str, Any]] = []
+        instance_type = json.loads(batch.request_json)["InstanceType"]
         filters = [{"Name": f"tag:{TAG_BATCH}", "Values": [str(batch.id)]}]
         async for reservation in self.runtime.aws.pages(
             "ec2",
@@ -201,7 +204,7 @@ class Accounts:
                 for instance in reservation.get("Instances", [])
                 if is_ours(instance, deployment_id=self.runtime.deployment_id, customer_id=batch.customer_id)
                 # Whoever launches "more like this" gets the tags too; the token is the call's own.
-                and instance.get("ClientToken", batch.client_token) in ("", batch.client_token)
+                and launched_by(instance, batch.client_token, instance_type, batch.first_called_at)
             ]
         return sorted(found, key=lambda instance: (instance.get("AmiLaunchIndex", 0), instance["InstanceId"]))
 

@@ -41,10 +41,9 @@ from control.interruptions.templates import is_alive
 
 log = structlog.get_logger(__name__)
 
-# The same token again after this long (RELIABILITY §2.5), and never after ten minutes.
+# The same token again after this long (RELIABILITY §2.5), and never after ``REPEATED_FOR``.
 RETRY_SECONDS = 20.0
 THROTTLED_SECONDS = (1.0, 3.0)
-GIVE_UP_AFTER = timedelta(minutes=10)
 # What Describe does not show this long after the call does not exist; before, it may only not be visible yet (C-10).
 SHOWN_AFTER = timedelta(minutes=5)
 

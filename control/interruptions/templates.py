@@ -9,10 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from control.interruptions.choosing import Pool
+
+# A call is repeated with its token for this long (RELIABILITY §2.5); EC2's clock and ours may differ by so much.
+REPEATED_FOR = timedelta(minutes=10)
+CLOCKS = timedelta(minutes=1)
 
 TAG_MANAGED = "cloudoptim:managed"
 TAG_TENANT = "cloudoptim:tenant"
@@ -210,6 +215,21 @@ def run_instances_request(
 def tags_of(instance: Mapping[str, Any]) -> dict[str, str]:
     """An instance's tags as a dict."""
     return {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
+
+
+def launched_by(
+    instance: Mapping[str, Any], client_token: str, instance_type: str, first_called_at: datetime | None
+) -> bool:
+    """Whether a call launched an instance that carries its tag: by its token.
+
+    EC2 does not show one for every way to Spot: without one, what the call asked for and when it was made must fit.
+    """
+    if token := instance.get("ClientToken"):
+        return bool(token == client_token)
+    if first_called_at is None or instance.get("InstanceType") != instance_type:
+        return False
+    launched_after = instance["LaunchTime"] - first_called_at
+    return bool(-CLOCKS < launched_after < REPEATED_FOR + CLOCKS)
 
 
 def is_alive(instance: Mapping[str, Any]) -> bool:

@@ -9,10 +9,9 @@ import structlog
 from control.gateways.aws import AwsError
 from control.interruptions import launch_repository
 from control.interruptions.answers import Meaning, Reading
-from control.interruptions.calling import GIVE_UP_AFTER
 from control.interruptions.launch_repository import BatchRow, ClusterFacts
 from control.interruptions.launching import Launcher
-from control.interruptions.templates import is_alive
+from control.interruptions.templates import REPEATED_FOR, is_alive
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +47,7 @@ async def run_once(launcher: Launcher) -> int:
 
 async def _settle(launcher: Launcher, batch: BatchRow, cluster: ClusterFacts) -> None:
     since = batch.first_called_at
-    given_up = since is not None and launcher.runtime.db.now() - since > GIVE_UP_AFTER
+    given_up = since is not None and launcher.runtime.db.now() - since > REPEATED_FOR
     if not given_up:
         # Not by tag while the token still works: Describe may show a part of a batch, the token answers with all.
         if batch.error_code != "IdempotentParameterMismatch":

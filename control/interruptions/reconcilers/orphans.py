@@ -26,7 +26,15 @@ from control.interruptions.reconcilers.ending import allowed, claim_endings, not
 from control.interruptions.reconcilers.repository import Place
 from control.interruptions.reconcilers.rounds import each_due
 from control.interruptions.states import InstanceEnded
-from control.interruptions.templates import TAG_BATCH, TAG_CLUSTER, TAG_MANAGED, TAG_TENANT, is_alive, tags_of
+from control.interruptions.templates import (
+    TAG_BATCH,
+    TAG_CLUSTER,
+    TAG_MANAGED,
+    TAG_TENANT,
+    is_alive,
+    launched_by,
+    tags_of,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -114,13 +122,14 @@ class Whose(StrEnum):
 
 
 def whose_is(instance: Mapping[str, Any], attempt: Any, batch: Any) -> Whose:
-    """From the attempt that EC2 named the instance to (``state``), and the call that its tag names (``state``,
-    ``client_token``); None where there is no such row."""
+    """From the attempt that EC2 named the instance to (``state``), and the call that its tag names (``state``, and what
+    ``launched_by`` reads); None where there is no such row."""
     if attempt is not None:
         return Whose.OURS if attempt.state in _LIVE_ATTEMPTS else Whose.NOBODY
     if batch is None:
         return Whose.RESTORED
-    if instance.get("ClientToken") != batch.client_token:
+    call = (batch.client_token, batch.instance_type, batch.first_called_at)
+    if not launched_by(instance, *call):
         # "Launch more like this", a template or a group made from an instance of ours: the tags come along.
         return Whose.COPIED
     # The launch loop repeats a call without an answer and learns of it, or adopts it by tag.

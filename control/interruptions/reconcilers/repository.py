@@ -154,7 +154,8 @@ _ATTEMPTS = text("""
     WHERE a.customer_id = :customer_id AND a.instance_id = ANY(:instance_ids)
 """)
 _BATCHES = text("""
-    SELECT id, state, client_token FROM launch_batches WHERE customer_id = :customer_id AND id = ANY(:batch_ids)
+    SELECT id, state, client_token, first_called_at, CAST(request_json AS jsonb) ->> 'InstanceType' AS instance_type
+    FROM launch_batches WHERE customer_id = :customer_id AND id = ANY(:batch_ids)
 """)
 
 
@@ -165,7 +166,7 @@ async def attempts_by_instance(conn: AsyncConnection, customer_id: UUID, instanc
 
 
 async def batches(conn: AsyncConnection, customer_id: UUID, batch_ids: Sequence[UUID]) -> dict[UUID, Any]:
-    """States and tokens of calls, by id."""
+    """What identifies calls and what became of them, by id."""
     values = {"customer_id": customer_id, "batch_ids": list(batch_ids)}
     return {row.id: row for row in await conn.execute(_BATCHES, values)}
 

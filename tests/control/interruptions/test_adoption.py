@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import alarms, orphans, ready
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.service import Received, ingest
+from control.interruptions.templates import launched_by
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
 from warehouse.contracts import EventSource
 from warehouse.postgres.models import new_id
 
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 OVER = ("shutting-down", "terminated")
 
 
@@ -210,6 +213,22 @@ async def test_a_copy_of_our_instance_is_nobodys_to_end_but_its_owners(stage: St
     stage.aws._instances.by_id[copied].tags.clear()
     await _round(stage, launcher)
     assert await _told(stage, launcher, "adopted") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours"),
+    [
+        ({}, True),
+        ({"ClientToken": ""}, True),
+        ({"ClientToken": "of-the-console"}, False),
+        ({"ClientToken": "", "LaunchTime": NOW + timedelta(minutes=20)}, False),
+        ({"ClientToken": "", "LaunchTime": NOW - timedelta(minutes=2)}, False),
+        ({"ClientToken": "", "InstanceType": "m5.xlarge"}, False),
+    ],
+)
+def test_what_a_call_launched_has_its_token_or_else_its_moment_and_type(changes: dict[str, Any], ours: bool) -> None:
+    instance = {"ClientToken": "token", "LaunchTime": NOW + timedelta(seconds=2), "InstanceType": "m5.large"}
+    assert launched_by(instance | changes, "token", "m5.large", NOW) is ours
 
 
 async def test_a_copy_is_never_taken_for_the_launch_without_an_answer(stage: Stage, launcher: Launcher) -> None:
