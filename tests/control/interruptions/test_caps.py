@@ -96,15 +96,28 @@ async def test_a_cap_holds_over_workers_clusters_and_unanswered_calls(stage: Sta
     assert all("max_launches_per_hour is 5" in row.reason for row in held)
 
 
-async def test_a_cap_in_money_lets_through_what_fits(stage: Stage, launchers: list[Launcher]) -> None:
+@pytest.mark.parametrize("answered", [True, False])
+async def test_a_cap_in_money_lets_through_what_fits(stage: Stage, launchers: list[Launcher], answered: bool) -> None:
     # Two Spot nodes at 0.0344 to 0.0384 USD per hour fit, a third does not.
     await stage.tenant.config("max_hourly_spend_usd", 0.1)
     await _warn(stage, await stage.launch_nodes(4))
-    await launchers[0].plan_round()
-    await launchers[0].finish_calls(10)
-    assert len(stage.ours()) == 2
+    if not answered:
+        stage.aws.inject(Fault("drop_after", action="RunInstances", count=None))
+
+    async def look() -> int:
+        await stage.tenant.rows("UPDATE launch_intents SET next_action_at = now() RETURNING 1")
+        await launchers[0].plan_round()
+        await launchers[0].finish_calls(10)
+        return len(stage.ours())
+
+    assert [await look(), await look()] == [2, 2]
     reasons = await stage.tenant.rows("SELECT reason FROM launch_intents WHERE state = 'planned'")
+    assert len(reasons) == 2
     assert all("max_hourly_spend_usd" in row.reason for row in reasons)
+    # An hour later what was launched counts no more; what may have been launched does.
+    for table in ("launch_attempts", "launch_batches"):
+        await stage.tenant.rows(f"UPDATE {table} SET created_at = created_at - interval '61 minutes' RETURNING 1")
+    assert await look() == (4 if answered else 2)
 
 
 def test_a_storm_is_paced_by_the_accounts_calls() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from control.agents import repository as tasks
-from control.interruptions import closing
+from control.interruptions import closing, launch_repository
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import deadlines, ready
 from control.interruptions.service import Received, ingest
+from control.interruptions.states import LAUNCH_WINDOW
 from tests.control.interruptions.harness import Stage
 from tests.control.interruptions.tenants import Tenant
 from warehouse.contracts import EventSource
@@ -83,3 +84,22 @@ async def test_a_notice_from_before_an_outage_is_judged_by_the_node_of_now(
     assert (len(drains), len(launches)) == ((1, 1) if alive else (0, 0))
     for drain in drains:
         assert timedelta(seconds=100) < drain.deadline_at - now < timedelta(seconds=140)
+
+
+async def test_replacements_of_nodes_that_still_have_time_are_launched_first(stage: Stage) -> None:
+    """The shortest deadline before the others; those of nodes that are gone after all of them."""
+    gone, later, soon = [await stage.tenant.node() for _ in range(3)]
+    for node, seconds in ((gone, -300), (later, 100), (soon, 20)):
+        await _warn(stage.tenant, node)
+        await stage.tenant.rows(
+            "UPDATE launch_intents SET deadline_at = now() + make_interval(secs => :seconds) "
+            "WHERE requirements ->> 'instance_id' = :node RETURNING 1",
+            seconds=LAUNCH_WINDOW.total_seconds() + seconds,
+            node=node,
+        )
+    claimed = []
+    for _ in range(3):
+        async with stage.db.system() as conn:
+            (intent,) = await launch_repository.claim_intents(conn, worker="w", limit=1)
+        claimed.append(intent.requirements["instance_id"])
+    assert claimed == [soon, later, gone]
