@@ -177,6 +177,18 @@ async def test_an_account_that_does_not_answer_holds_up_no_other(
     await launcher.leave()
 
 
+async def test_credentials_that_ended_are_renewed_at_the_next_look(stage: Stage, launcher: Launcher) -> None:
+    (instance,) = await never_ready_replacements(stage, launcher)
+    stage.aws.expire_credentials(stage.tenant.account_id)
+    assert await Ending(launcher).run_once() == 0
+    refused = await stage.tenant.row("SELECT code, lasting FROM refused_endings")
+    assert (refused.code, refused.lasting) == ("RequestExpired", False)
+    await stage.tenant.rows("UPDATE refused_endings SET next_at = now() RETURNING 1")
+    await stage.pass_rounds()
+    assert await Ending(launcher).run_once() == 1
+    assert stage.state_of(instance) in OVER
+
+
 async def test_a_node_that_became_ready_after_all_is_kept(stage: Stage, launcher: Launcher) -> None:
     (instance,) = await never_ready_replacements(stage, launcher)
     await stage.tenant.node(instance)
