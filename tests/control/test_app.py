@@ -198,6 +198,16 @@ async def test_limits_are_shared_by_processes_and_kept_apart_by_customer(postgre
         assert (await second.call("GET", "/clusters", other.analyst_key)).status_code == 200
 
 
+async def test_a_customers_limit_is_shared_by_its_keys_and_by_nobody_else(postgres_url, clean_redis_url):
+    settings = settings_for(postgres_url, clean_redis_url, CLOUDOPTIM_RATE_LIMIT_PER_CUSTOMER="10/minute")
+    async with serving(settings) as api:
+        tenant, other = await api.tenant(), await api.tenant()
+        keys = (tenant.analyst_key, tenant.admin_key)
+        codes = [(await api.call("GET", "/clusters", keys[number % 2])).status_code for number in range(14)]
+        assert (codes[:9], codes[-1]) == ([200] * 9, 429)
+        assert (await api.call("GET", "/clusters", other.analyst_key)).status_code == 200
+
+
 async def test_limits_hold_without_redis(postgres_url):
     settings = settings_for(
         postgres_url, f"redis://127.0.0.1:{free_port()}/0", CLOUDOPTIM_RATE_LIMIT_PER_KEY="40/minute"
