@@ -69,6 +69,34 @@ def test_a_missing_node_is_done_and_another_instance_of_that_name_is_refused(wor
     assert len(world.pods("web", running=True)) == 2
 
 
+@pytest.mark.parametrize("task_type", ["cordon_node", "uncordon_node", "update_labels", "delete_node"])
+def test_no_task_touches_another_instance_of_that_name(world: World, task_type: str) -> None:
+    world.add_node("reused", "i-0000000000newone1")
+    if task_type == "uncordon_node":
+        world.core.patch_node("reused", {"spec": {"unschedulable": True}})
+    before = world.core.read_node("reused")
+    world.start_agent()
+    old = {"node_name": "reused", "instance_id": "i-0000000000oldone1"}
+    result = world.server.ended(world.server.add(task_type, **old, labels={"pool": "a"}))
+    assert (result.status, "not i-0000000000oldone1" in result.detail["reason"]) == ("refused", True)
+    after = world.core.read_node("reused")
+    assert (after.metadata.uid, after.metadata.labels) == (before.metadata.uid, before.metadata.labels)
+    assert after.spec.unschedulable == before.spec.unschedulable
+
+
+def test_a_name_that_is_used_again_in_the_middle_of_a_drain_ends_it(world: World) -> None:
+    instance = world.add_node("n1")
+    world.deploy("web", 1)
+    budget(world, "web", minAvailable=1)
+    world.start_agent()
+    task = world.server.add("drain_node", node_name="n1", instance_id=instance)
+    eventually(lambda: world.core.read_node("n1").spec.unschedulable)
+    world.core.delete_node("n1")
+    world.add_node("n1", "i-0000000000newone1")
+    assert world.server.ended(task, 10).status in ("done", "refused"), "gone, or another by the time it looked again"
+    assert world.core.read_node("n1").spec.unschedulable is None
+
+
 def test_evictions_wait_for_a_budget_and_then_finish(world: World) -> None:
     instance = world.add_node("n1")
     world.deploy("web", 3)
