@@ -324,7 +324,10 @@ async def test_a_late_node_is_matched_and_nobodys_instance_ends_in_quarantine(st
     assert task.parameters["instance_id"] == "i-0123456789abcdef0"
 
     nobody = await _warn(stage, "i-0fedcba9876543210")
-    await stage.tenant.rows("UPDATE interruptions SET received_at = now() - interval '11 minutes' RETURNING 1")
+    waited = "UPDATE interruptions SET received_at = now() - interval '{} minutes' RETURNING 1"
+    await stage.tenant.rows(waited.format(9))
+    assert await closing.settle_unmatched(launcher.runtime) == 0
+    await stage.tenant.rows(waited.format(11))
     await closing.settle_unmatched(launcher.runtime)
     closed = await stage.tenant.row("SELECT * FROM interruptions WHERE id = :id", id=nobody.id)
     assert (closed.state, closed.outcome) == ("closed", "unmatched")

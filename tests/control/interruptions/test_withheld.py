@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import deadlines, leaving
 from control.interruptions.reconcilers import launch as launch_reconciler
@@ -83,6 +85,25 @@ async def test_after_its_window_it_is_not_called(stage: Stage, launcher: Launche
     await deadlines.run_once(launcher.runtime)
     intent = await stage.tenant.row("SELECT state, reason FROM launch_intents")
     assert (intent.state, "window" in intent.reason) == ("exhausted", True)
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "UPDATE clusters SET status = 'deleted' RETURNING 1",
+        "UPDATE customers SET status = 'offboarding' RETURNING 1",
+        "UPDATE customers SET status = 'suspended' RETURNING 1",
+    ],
+    ids=["deleted", "offboarding", "suspended"],
+)
+async def test_for_who_is_gone_by_then_none_is_committed(stage: Stage, launcher: Launcher, gone: str) -> None:
+    (lost,) = await stage.launch_nodes()
+    warning = Received(json.dumps(stage.tenant.warning(lost)), EventSource.SQS)
+    await ingest(stage.db, await stage.tenant.facts(), [warning])
+    await stage.tenant.rows(gone)
+    intent = await _planned(stage, launcher)
+    assert (intent.state, intent.reason) == ("cancelled", "the cluster or its customer is gone")
+    assert await stage.tenant.rows("SELECT 1 FROM launch_batches") == []
 
 
 async def test_it_is_withdrawn_also_while_the_role_cannot_be_assumed(stage: Stage, launcher: Launcher) -> None:
