@@ -321,3 +321,22 @@ def test_type_catalogue_has_sizes_and_offerings_by_zone_id(ec2: Any) -> None:
         LocationType="availability-zone-id", Filters=[{"Name": "instance-type", "Values": ["m5.xlarge"]}]
     )["InstanceTypeOfferings"]
     assert {o["Location"] for o in offerings} == {f"use1-az{n}" for n in (1, 2, 4, 5, 6)}
+
+
+def test_volumes_and_metadata_options_are_those_of_the_launch(aws: SandboxAWSThread, ec2: Any) -> None:
+    placed = {"Placement": {"AvailabilityZone": zone_with(aws, "m5.large")}}
+    asked = {
+        "MetadataOptions": {"HttpTokens": "required"},
+        "BlockDeviceMappings": [{"DeviceName": "/dev/xvda", "Ebs": {"VolumeSize": 80, "Iops": 4000}}],
+    }
+    (made,) = ec2.run_instances(**spot_request(**placed, **asked))["Instances"]
+    assert made["MetadataOptions"]["HttpTokens"] == "required"
+    assert made["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
+    (mapping,) = made["BlockDeviceMappings"]
+    assert (mapping["DeviceName"], mapping["Ebs"]["DeleteOnTermination"]) == ("/dev/xvda", True)
+    volume_id = mapping["Ebs"]["VolumeId"]
+    (volume,) = ec2.describe_volumes(Filters=[{"Name": "volume-id", "Values": [volume_id]}])["Volumes"]
+    assert (volume["VolumeId"], volume["Size"], volume["VolumeType"], volume["Iops"]) == (volume_id, 80, "gp3", 4000)
+    refused = {"BlockDeviceMappings": [{"DeviceName": "/dev/xvda", "Ebs": {"VolumeType": "gp2", "Iops": 4000}}]}
+    with pytest.raises(ClientError, match="InvalidParameterCombination"):
+        ec2.run_instances(**spot_request(ClientToken="2", **placed, **refused))
