@@ -16,7 +16,7 @@ from control.interruptions.launching import Launcher
 from control.interruptions.runtime import Runtime
 from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
-from tests.control.interruptions.harness import DEPLOYMENT, Stage
+from tests.control.interruptions.harness import DEPLOYMENT, Stage, gate
 from warehouse.contracts import EventSource
 
 # (action, when) of the kill, and the point of §2.4 it reaches.
@@ -114,6 +114,30 @@ async def test_who_was_away_for_a_lease_sends_nothing_beside_its_heir(
     assert await stage.tenant.rows("SELECT 1 FROM launch_attempts WHERE state = 'launched'")
     for aws in gateways:
         await aws.close()
+
+
+async def test_who_was_frozen_right_before_its_call_sends_nothing_beside_its_heir(
+    stage: Stage, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C-29: the call is noted, the worker stands still for more than half a lease, and another one has it by then."""
+    monkeypatch.setattr("control.interruptions.launch_repository.LEASE_SECONDS", 1.0)
+    (instance,) = await stage.launch_nodes()
+    warning = Received(json.dumps(stage.tenant.warning(instance)), EventSource.SQS)
+    await ingest(stage.db, await stage.tenant.facts(), [warning])
+    calls = len(stage.calls("RunInstances"))
+    async with gate(stage.database_url, "launch_batches", "NEW.calls > OLD.calls", on="UPDATE") as held:
+        await launcher.plan_round()
+        await held.reached()
+        # Waits for the row, and has it before the frozen one asks again.
+        heir = "UPDATE launch_batches SET lease_epoch = lease_epoch + 1, leased_by = 'heir' RETURNING 1"
+        taken = asyncio.create_task(stage.tenant.rows(heir))
+        await asyncio.sleep(0.8)
+        assert not taken.done()
+        await held.commit()
+        assert len(await taken) == 1
+    await launcher.finish_calls(10)
+    assert len(stage.calls("RunInstances")) == calls
+    assert stage.ours() == []
 
 
 async def exactly_one_of_everything(stage: Stage, *, undrained: Collection[str] = ()) -> list[str]:
