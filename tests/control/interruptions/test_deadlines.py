@@ -47,10 +47,9 @@ async def test_a_drain_nobody_came_for_is_missed_told_and_the_node_still_replace
     (row,) = await stage.interruptions()
     assert (row.outcome, row.reason) == ("missed", "no agent drained the node before the deadline")
     told = await stage.tenant.row("SELECT payload FROM outbox WHERE topic = 'spot.interruption.closed'")
-    assert (told.payload["outcome"], told.payload["replacement_instance_id"]) == (
-        "missed",
-        stage.ours()[-1].instance_id,
-    )
+    replacement = stage.ours()[-1].instance_id
+    assert (told.payload["outcome"], told.payload["replacement_instance_id"]) == ("missed", replacement)
+    assert (await stage.tenant.row("SELECT replacement_instance_id AS i FROM spot_events")).i == replacement
 
 
 async def test_a_task_whose_holder_went_silent_is_offered_again_and_its_agents_are_rung_for(
