@@ -263,7 +263,7 @@ class Board:
                     running.epoch = task.lease_epoch
                     running.cancelled = False  # what was lost was the older lease
                 running.last_report = 0.0  # the next heartbeat confirms the new epoch
-                self._hurry(running, task.deadline)
+                self._hurry(running, task.deadline, task.parameters.get("grace_seconds"))
                 return
             known = self._finished.get(task.task_id)
         if self.reports.readdress(task.task_id, task.lease_epoch):
@@ -384,8 +384,12 @@ class Board:
             if run is not None and deadline.tzinfo is not None:
                 self._hurry(run, deadline)
 
-    def _hurry(self, run: Run, deadline: datetime | None) -> None:
-        """A sharper notice leaves less time than there was when the task began; never more."""
+    def _hurry(self, run: Run, deadline: datetime | None, grace_seconds: Any = None) -> None:
+        """A sharper notice leaves less time than there was when the task began, and pods less to end; never more."""
+        if isinstance(grace_seconds, int):
+            known = run.task.parameters.get("grace_seconds")
+            # The stepper reads it from there at each step.
+            run.task.parameters["grace_seconds"] = min(grace_seconds, known if known is not None else grace_seconds)
         if deadline is not None and (run.task.deadline is None or deadline < run.task.deadline):
             log.warning("task %s: its deadline is now %s", run.task.task_id, deadline.isoformat())
             run.task = run.task.model_copy(update={"deadline": deadline})

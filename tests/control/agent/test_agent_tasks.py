@@ -156,6 +156,23 @@ def test_a_drain_under_way_learns_of_an_earlier_end_through_its_open_poll(world:
     assert time.monotonic() - started < 4.0, "before its next report was due"
 
 
+def test_a_drain_under_way_takes_a_shorter_grace_period_and_no_longer_one(world: World) -> None:
+    instance = world.add_node("n1")
+    world.deploy("slow", 1, terminationGracePeriodSeconds=600)
+    budget(world, "slow", minAvailable=1)
+    world.call(world.kubelets.stop)  # pods keep terminating: their deletion grace can be read
+    world.start_agent()
+    task = world.server.add("drain_node", 900, node_name="n1", instance_id=instance, grace_seconds=100)
+    eventually(lambda: world.core.read_node("n1").spec.unschedulable)
+    for grace_seconds in (5, 50):  # hibernation begins at once, whatever comes after it
+        world.server.hasten(task, 300, grace_seconds=grace_seconds)
+        eventually(lambda: not world.server.tasks[task].hastened)
+    time.sleep(0.5)
+    world.policy.delete_namespaced_pod_disruption_budget("slow", "default")
+    (pod,) = eventually(lambda: [p for p in world.pods("slow") if p.metadata.deletion_timestamp])
+    assert pod.metadata.deletion_grace_period_seconds == 5
+
+
 def test_a_task_past_its_deadline_is_not_executed(world: World) -> None:
     instance = world.add_node("n1")
     world.start_agent()
