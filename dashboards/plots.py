@@ -179,12 +179,13 @@ def ratio_line(data: ColumnDataSource, x: str, y: str, label: str, *, height: in
 
 
 def timelines(
-    steps: ColumnDataSource, spans: ColumnDataSource, rows: Sequence[str], *, deadline_seconds: float, height: int
+    steps: ColumnDataSource, spans: ColumnDataSource, deadlines: ColumnDataSource, rows: Sequence[str], *, height: int
 ) -> figure:
-    """Interruptions as rows over the seconds since their notice, with a mark at each moment and the deadline.
+    """Interruptions as rows over the seconds since their notice, with a mark at each moment and each one's deadline.
 
     Each row has a lane for the drain and one below it for the replacement: ``row`` is (name, offset). ``spans`` has
-    ``row``, ``start``, ``end``, ``color``; ``steps`` has ``row``, ``x``, ``what``, ``at``, ``color``, ``size``.
+    ``row``, ``start``, ``end``, ``color``; ``steps`` has ``row``, ``x``, ``what``, ``at``, ``color``, ``size``;
+    ``deadlines`` has ``x``, ``top``, ``bottom`` (the edges of its row) and ``at``.
     """
     plot = figure(
         height=height,
@@ -203,9 +204,9 @@ def timelines(
     plot.border_fill_alpha = 0
     plot.ygrid.visible = False
     plot.xaxis.axis_label = "seconds since the notice"
-    plot.add_layout(Span(location=deadline_seconds, dimension="height", line_color=BAD, line_width=2, line_dash=[6, 4]))
-    # An annotation does not widen the range, and a deadline off the page says nothing.
-    plot.scatter(x=[deadline_seconds] * len(rows[:1]), y=list(rows[:1]), alpha=0)
+    ends = plot.segment(
+        x0="x", x1="x", y0="bottom", y1="top", source=deadlines, color=BAD, line_width=2, line_dash=[6, 4]
+    )
     plot.hbar(
         y="row", left="start", right="end", height=0.3, source=spans, color="color", fill_alpha=0.35, line_alpha=0
     )
@@ -215,6 +216,13 @@ def timelines(
             renderers=[marks],
             tooltips=[("", "@what"), ("after the notice", "@x{0.0} s"), ("at (UTC)", "@at")],
             point_policy="snap_to_data",
+        )
+    )
+    plot.add_tools(
+        HoverTool(
+            renderers=[ends],
+            tooltips=[("", "deadline"), ("after the notice", "@x{0.0} s"), ("at (UTC)", "@at")],
+            line_policy="interp",
         )
     )
     return plot

@@ -23,7 +23,8 @@ ALL = "All clusters"
 # Rows of the chart; the table below it goes further.
 TIMELINES = 16
 TABLE_ROWS = 100
-DEADLINE_SECONDS = 120.0
+# How far the colour of a step that goes on is drawn; what takes longer is in the table.
+RUNNING_SECONDS = 240.0
 DRAIN, REPLACEMENT = plots.BRAND, plots.SPOT
 # Where in its row of the chart a colour runs: the drain above, the replacement below.
 LANES = {DRAIN: 0.16, REPLACEMENT: -0.16, plots.BASELINE: 0.0}
@@ -199,7 +200,12 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
             names[key] = f"{name} ({labels[name]})"
     steps: dict[str, list[Any]] = {name: [] for name in ("row", "x", "what", "at", "color", "size")}
     spans: dict[str, list[Any]] = {name: [] for name in ("row", "start", "end", "color")}
+    deadlines: dict[str, list[Any]] = {name: [] for name in ("x", "top", "bottom", "at")}
     for row in newest:
+        deadlines["x"].append((row.deadline_at - row.notice_at).total_seconds())
+        deadlines["top"].append((names[row.id], 0.45))
+        deadlines["bottom"].append((names[row.id], -0.45))
+        deadlines["at"].append(ui.when(row.deadline_at, seconds=True))
         for what, at, color in moments(row):
             if at is None or what == "Closed":
                 continue
@@ -210,7 +216,7 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
             steps["at"].append(ui.when(at, seconds=True))
             steps["color"].append(color)
             steps["size"].append(11 if what in ("Node drained", "Replacement Ready") else 7)
-        running = min((now - row.notice_at).total_seconds(), 2 * DEADLINE_SECONDS)
+        running = min((now - row.notice_at).total_seconds(), RUNNING_SECONDS)
         for start, end, color in (
             (row.task_created_at, row.drained_at, DRAIN),
             (row.launched_at, row.ready_at, REPLACEMENT),
@@ -225,8 +231,8 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
         plots.timelines(
             plots.source(steps),
             plots.source(spans),
+            plots.source(deadlines),
             list(names.values()),
-            deadline_seconds=DEADLINE_SECONDS,
             height=90 + 32 * len(newest),
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -9,11 +10,12 @@ from uuid import UUID
 
 import pyarrow as pa
 import pytest
+from bokeh.models import ColumnDataSource
 from sqlalchemy import insert, text
 
 from dashboards.data import MAX_POINTS, CostHour, Data, DataError, LakeMissing, project, rate, saved_share
 from dashboards.pages.gaps import covered
-from dashboards.pages.interruptions import headline
+from dashboards.pages.interruptions import headline, timeline_chart
 from tests.dashboards.conftest import Seeded
 from tests.dashboards.seed import REGION, TYPES, Fleet, spot_ratio
 from warehouse.postgres.models import PartitionCoverage
@@ -167,6 +169,17 @@ def test_timeline_of_an_interruption(data: Data, seeded: Seeded) -> None:
     assert rows[0].margin is None
     assert rows[0].drained_at is None
     assert rows[1].replacement_instance_id == "i-0rep00000001"
+
+
+def test_the_chart_marks_the_deadline_of_each_interruption(data: Data, seeded: Seeded) -> None:
+    now = seeded.world.now
+    rows = data.interruptions(seeded.world.first.id, now - timedelta(days=30))[:2]
+    hibernated = replace(rows[1], deadline_at=rows[1].notice_at + timedelta(seconds=20))
+    sources = timeline_chart([rows[0], hibernated], now).object.select({"type": ColumnDataSource})
+    (deadlines,) = (source.data for source in sources if "top" in source.data)
+    assert deadlines["x"] == pytest.approx([120, 20])
+    assert [row for row, _ in deadlines["top"]] == [row for row, _ in deadlines["bottom"]]
+    assert len({row for row, _ in deadlines["top"]}) == 2
 
 
 def test_what_an_earlier_signal_had_begun_is_no_speed_of_the_warning(data: Data, seeded: Seeded) -> None:
