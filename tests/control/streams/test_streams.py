@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -128,6 +129,24 @@ async def test_a_new_connection_resumes_what_the_last_one_left(api, tenant):
     async with connected(api, "/client/stream", tenant.agent_key, HELLO | {"holding": holding}) as socket:
         (again,) = (await read(socket, "tasks", within=1.5))["tasks"]
         assert (again["task_id"], again["lease_epoch"]) == (str(lost), 1)
+
+
+async def test_an_earlier_deadline_is_pushed_to_its_holder_once_under_the_same_lease(api, tenant):
+    deadline = datetime.now(UTC) + timedelta(seconds=100)
+    await add(api, tenant, deadline_at=deadline)
+    async with connected(api, "/client/stream", tenant.agent_key, HELLO) as socket:
+        (task,) = (await read(socket, "tasks"))["tasks"]
+        report = {"lease_epoch": task["lease_epoch"], "report_id": str(uuid4()), "status": "running"}
+        await socket.send(json.dumps({"type": "result", "task_id": task["task_id"], "report": report}))
+        assert datetime.fromisoformat((await read(socket, "ack"))["deadline"]) == deadline
+        async with api.db.system() as conn:
+            await conn.execute(text("UPDATE agent_tasks SET deadline_at = deadline_at - interval '80 seconds'"))
+        await api.app.state.context.bells.ring("tasks", tenant.cluster_id)
+        (again,) = (await read(socket, "tasks", within=1.0))["tasks"]
+        assert (again["task_id"], again["lease_epoch"]) == (task["task_id"], task["lease_epoch"])
+        assert datetime.fromisoformat(again["deadline"]) == deadline - timedelta(seconds=80)
+        with pytest.raises(TimeoutError):
+            await read(socket, "tasks", within=2.5)
 
 
 @pytest.mark.parametrize("message", ["nonsense", "[]", '{"type": "fly"}', '{"type": "result"}', "[" * 100_000])
