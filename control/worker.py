@@ -130,6 +130,7 @@ class Worker:
             Loop("unmatched", UNMATCHED_SECONDS, partial(closing.settle_unmatched, runtime)),
             Loop("pre_spin", CLOSING_SECONDS, partial(closing.begin_waiting_drains, runtime), bell="interruptions"),
             Loop("closing", CLOSING_SECONDS, partial(closing.close_ended, runtime), bell="interruptions"),
+            Loop("called_off", CLOSING_SECONDS, partial(closing.cancel_unwanted, runtime)),
             Loop("outbox", outbox.INTERVAL_SECONDS, self._relay, bell="outbox"),
             Loop("housekeeping", HOUSEKEEPING_SECONDS, partial(outbox.forget_old, runtime.db)),
         ]

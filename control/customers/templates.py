@@ -17,6 +17,7 @@ EVENT_PATTERNS: tuple[tuple[str, str], ...] = (
     ("aws.ec2", "EC2 Instance Rebalance Recommendation"),
     ("aws.ec2", "EC2 Instance State-change Notification"),
     ("aws.ec2", "EC2 Capacity Reservation Instance Interruption Warning"),
+    ("aws.ec2", "EC2 Interruptible Capacity Reservation Instance Interruption Warning"),
     ("aws.health", "AWS Health Event"),
     ("aws.autoscaling", "EC2 Instance-terminate Lifecycle Action"),
     ("aws.autoscaling", "EC2 Instance-launch Lifecycle Action"),

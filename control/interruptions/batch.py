@@ -174,6 +174,7 @@ class Batch:
             log.warning(
                 "quarantine.many", customer_id=str(self.facts.customer_id), per_hour_limit=QUARANTINE_ALARM_PER_HOUR
             )
+        metrics.CLOSED.labels("cancelled").inc(len(self.drafts.called_off))
         for lag in self.lags:
             metrics.RECEIVE_LAG_SECONDS.observe(max(lag, 0.0))
         for reason, detail in self.security:
@@ -248,7 +249,10 @@ class Batch:
         """What a signal means for the interruptions of one instance; the one it belongs to, if any."""
         label = label_of(message.source, event.kind)
         draft = self.drafts.find(instance_id, event, decision)
-        if decision.act not in (Act.INTERRUPT, Act.UNMATCHED):
+        if decision.act is Act.CALL_OFF:
+            if draft is not None:
+                self.drafts.call_off(draft, event, label)
+        elif decision.act not in (Act.INTERRUPT, Act.UNMATCHED):
             if draft is not None:
                 self.drafts.hear(draft, label)
         elif draft is not None:

@@ -15,11 +15,13 @@ from control.interruptions.batch import Batch
 from control.interruptions.closing_repository import Ended
 from control.interruptions.drains import drain_task
 from control.interruptions.messages import Ingested
+from control.interruptions.moving import apply_events
 from control.interruptions.policies import SOFT_KINDS, NodeFacts
 from control.interruptions.runtime import Runtime
 from control.interruptions.states import (
     UNMATCHED_FOR,
     Branches,
+    Cancel,
     Closing,
     IntentState,
     close_open,
@@ -94,6 +96,14 @@ async def close_ended(runtime: Runtime) -> int:
     if closed:
         await runtime.bells.ring("outbox")
     return len(closed)
+
+
+async def cancel_unwanted(runtime: Runtime) -> int:
+    """Cancel launches of interruptions that were closed before them: AWS called the maintenance off. Returns how
+    many."""
+    async with runtime.db.system() as conn:
+        ids = await closing_repository.unwanted_intents(conn, limit=LIMIT)
+    return await apply_events(runtime, dict.fromkeys(ids, Cancel("its interruption was called off")))
 
 
 def _told(row: Ended, outcome: str, reason: str | None, now: datetime) -> dict[str, Any]:

@@ -65,6 +65,19 @@ async def ended_interruptions(conn: AsyncConnection, *, limit: int) -> list[Ende
     return [Ended(**row._mapping) for row in await conn.execute(_ENDED, {"limit": limit})]
 
 
+_UNWANTED = text("""
+    SELECT l.id FROM launch_intents l
+    JOIN interruptions i ON i.customer_id = l.customer_id AND i.id = l.interruption_id
+    WHERE l.state IN ('planned', 'launching', 'launched', 'blocked') AND i.state = 'closed' AND i.outcome = 'cancelled'
+    ORDER BY l.id LIMIT :limit
+""")
+
+
+async def unwanted_intents(conn: AsyncConnection, *, limit: int) -> list[UUID]:
+    """Launches under way whose interruption was closed without waiting for them."""
+    return list((await conn.execute(_UNWANTED, {"limit": limit})).scalars())
+
+
 _CLOSE = text("""
     UPDATE interruptions i SET state = 'closed', outcome = r.outcome, reason = r.reason, closed_at = r.closed_at,
         version = r.version

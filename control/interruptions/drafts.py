@@ -48,6 +48,7 @@ class Draft:
     drain_may_retry: bool = False
     shortened: bool = False
     matched: bool = False
+    called_off: bool = False
 
     def row(self) -> dict[str, Any]:
         """The interruption as its table has it."""
@@ -102,6 +103,11 @@ class Drafts:
         """Interruptions that waited for a node and have one."""
         return [draft.id for draft in self.all if draft.matched]
 
+    @property
+    def called_off(self) -> list[UUID]:
+        """Interruptions that are closed, because what they were about will not come."""
+        return [draft.id for draft in self.all if draft.called_off]
+
     # --- what signals do
 
     def load(self, row: InterruptionRow) -> Draft:
@@ -152,6 +158,15 @@ class Drafts:
     def hear(self, draft: Draft, label: str) -> None:
         """A signal that asks for nothing."""
         self._take(draft, merging.hear(draft.known, label), None, None)
+
+    def call_off(self, draft: Draft, event: ParsedEvent, label: str) -> None:
+        """AWS closes a maintenance."""
+        merged = merging.call_off(draft.known, event, label, self.now)
+        self._take(draft, merged, None, None)
+        if merged.effects.closes:
+            draft.called_off = True
+            if draft.identity["cluster_id"]:
+                self.outbox.append(self._told_closed(draft))
 
     def link(self, draft: Draft, kinds: Sequence[str], event_ids: Sequence[UUID]) -> None:
         """Events from before there was an interruption belong to it."""
@@ -224,6 +239,23 @@ class Drafts:
         self.history.append(entry)
         self._last_entry[draft.id] = entry
 
+    def _told_closed(self, draft: Draft) -> dict[str, Any]:
+        return {
+            "id": new_id(),
+            "customer_id": self.customer_id,
+            "topic": "spot.interruption.closed",
+            "payload": {
+                "interruption_id": draft.id,
+                "customer_id": self.customer_id,
+                "cluster_id": draft.identity["cluster_id"],
+                "instance_id": draft.identity["instance_id"],
+                "outcome": draft.known.outcome,
+                "reason": draft.known.reason,
+                "replacement_instance_id": None,
+                "closed_at": self.now,
+            },
+        }
+
     def _told(self, draft: Draft, node: NodeFacts) -> dict[str, Any]:
         return {
             "id": new_id(),
@@ -294,7 +326,9 @@ class Drafts:
             [{"interruption_id": draft.id, "at": draft.hastens_to} for draft in drafts if draft.hastens_to],
         )
         await drafts_repository.postpone_launches(conn, [self._later(draft) for draft in drafts if draft.postponed])
-        await repository.release_waiting(conn, self.customer_id, self.matched, outcome="handled", reason=None)
+        await repository.release_waiting(
+            conn, self.customer_id, self.matched + self.called_off, outcome="handled", reason=None
+        )
         await repository.add_penalties(
             conn,
             pools.penalties(self.customer_id, self.pool_signals),

@@ -41,6 +41,8 @@ STRENGTH = {
     EventKind.SPOT_INTERRUPTION: 5,
     EventKind.CAPACITY_RESERVATION_INTERRUPTION: 5,
 }
+# Who says no more than that a maintenance is planned.
+MAINTENANCE_LABELS = frozenset({EventKind.SCHEDULED_CHANGE.value})
 # What says that EC2 takes its capacity back.
 TAKES_CAPACITY = frozenset({EventKind.SPOT_INTERRUPTION, EventKind.INSTANCE_STATE_CHANGE})
 
@@ -54,6 +56,7 @@ class Word:
     said_at: datetime
     ends_at: datetime
     may_postpone: bool
+    called_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Effects:
     that failed does not stand in the way of another. ``launches``: a replacement, from ``act_at`` on (None: at once).
     ``hastens_to``: a replacement planned for later is wanted at this moment. ``shortens``: a drain that is under way
     has less time. ``postpones``: it has more; a replacement planned for ``act_at`` or later is wanted for the new day.
-    ``took_capacity``: its pool is to blame.
+    ``closes``: it is over, and what was planned for it is wanted no more. ``took_capacity``: its pool is to blame.
     """
 
     begins: bool = False
@@ -114,6 +117,7 @@ class Effects:
     hastens_to: datetime | None = None
     shortens: bool = False
     postpones: bool = False
+    closes: bool = False
     took_capacity: bool = False
 
 
@@ -285,6 +289,30 @@ def hear(one: Known, label: str) -> Merged:
     return Merged(replace(one, detected_by=(*one.detected_by, label)), (Note("detected_again", {"by": label}),))
 
 
+CALLED_OFF = "AWS called the maintenance off"
+
+
+def call_off(one: Known, event: ParsedEvent, label: str, now: datetime) -> Merged:
+    """An interruption after AWS closed a maintenance. What has begun, and what anything else was said about, goes on;
+    of several maintenances the others are left."""
+    words = words_with(one.words, event, now)
+    waits = one.state == "unmatched" or (one.state == "open" and one.drain_pending)
+    if not waits or set(words) == set(one.words) or set(one.detected_by) - MAINTENANCE_LABELS:
+        return Merged(replace(one, words=words))
+    ends = [word.ends_at for word in words if not word.called_off]
+    if len(ends) == len([word for word in one.words if not word.called_off]):
+        # Of one that nobody spoke of before.
+        return Merged(replace(one, words=words))
+    if not ends:
+        closed = replace(one, state="closed", outcome="cancelled", reason=CALLED_OFF, closed_at=now, words=words)
+        return Merged(replace(closed, drain_pending=False), (Note("called_off", {"by": label}),), Effects(closes=True))
+    if min(ends) <= one.deadline_at:
+        return Merged(replace(one, words=words))
+    moved = replace(one, deadline_at=min(ends), words=words)
+    note = Note("deadline_moved", {"by": label, "deadline_at": moved.deadline_at})
+    return Merged(moved, (note,), Effects(postpones=True, act_at=maintenance_launch_at(one.deadline_at)))
+
+
 def _waiting(
     one: Known, event: ParsedEvent, decision: Decision, node: NodeFacts | None, label: str, now: datetime
 ) -> Merged:
@@ -368,10 +396,14 @@ def words_with(words: tuple[Word, ...], event: ParsedEvent, now: datetime) -> tu
     if event.kind is not EventKind.SCHEDULED_CHANGE:
         return words
     name, named = maintenance(event)
-    word = Word(name, event.occurred_at, maintenance_deadline(event.starts_at, now), may_postpone=named)
+    ends_at = maintenance_deadline(event.starts_at, now)
+    word = Word(name, event.occurred_at, ends_at, may_postpone=named, called_off=event.called_off)
     known = next((one for one in words if one.maintenance == name), None)
     if known is not None:
-        if word.may_postpone and word.said_at < known.said_at:
+        if word.called_off or known.called_off:
+            # The later word counts, and of two said at once that it is over.
+            word = max(word, known, key=lambda one: (one.said_at, one.called_off))
+        elif word.may_postpone and word.said_at < known.said_at:
             word = known
         elif not word.may_postpone or word.said_at == known.said_at:
             word = replace(word, ends_at=min(word.ends_at, known.ends_at))
@@ -381,14 +413,20 @@ def words_with(words: tuple[Word, ...], event: ParsedEvent, now: datetime) -> tu
 def _end_said(one: Known, event: ParsedEvent, decision: Decision, now: datetime) -> datetime:
     """When it ends by a signal's word; of several maintenances, by the first one's."""
     if event.kind is EventKind.SCHEDULED_CHANGE:
-        return min(word.ends_at for word in words_with(one.words, event, now))
+        ends = [word.ends_at for word in words_with(one.words, event, now) if not word.called_off]
+        # None: a late copy of what was called off. What is under way goes on.
+        return min(ends, default=one.deadline_at)
     assert decision.deadline_at is not None
     return decision.deadline_at
 
 
 def _postponed(one: Known, event: ParsedEvent, now: datetime) -> bool:
     before = {word.maintenance: word.ends_at for word in one.words}
-    return any(word.ends_at > before.get(word.maintenance, word.ends_at) for word in words_with(one.words, event, now))
+    return any(
+        word.ends_at > before.get(word.maintenance, word.ends_at)
+        for word in words_with(one.words, event, now)
+        if not word.called_off
+    )
 
 
 def _taken_over(one: Known, event: ParsedEvent, decision: Decision) -> Known:

@@ -91,6 +91,11 @@ class ParsedEvent:
         """Whether the notice was older than 15 minutes when it arrived."""
         return "stale" in self.flags
 
+    @property
+    def called_off(self) -> bool:
+        """Whether AWS closes a maintenance by it: it took place, or will not."""
+        return self.kind is EventKind.SCHEDULED_CHANGE and self.detail.get("statusCode") == "closed"
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:
@@ -198,6 +203,13 @@ def from_agent(event: SpotEvent, *, region: str, account_id: str | None, receive
     )
 
 
+# Where a warning's detail says the exact end: of Spot, instance metadata as an agent read it.
+_END_SAID_IN = {
+    EventKind.SPOT_INTERRUPTION: "time",
+    EventKind.CAPACITY_RESERVATION_INTERRUPTION: "instance-termination-time",
+}
+
+
 def remembered(
     kind: EventKind,
     instance_id: str,
@@ -210,7 +222,7 @@ def remembered(
     detail: dict[str, Any],
 ) -> ParsedEvent:
     """An event that was kept, as it concerns one instance: the moments in its detail count again."""
-    exact = _read_time(detail.get("time"), set()) if kind is EventKind.SPOT_INTERRUPTION else None
+    exact = _read_time(detail.get(_END_SAID_IN[kind]), set()) if kind in _END_SAID_IN else None
     return ParsedEvent(
         kind=kind,
         dedupe_key="",
@@ -380,6 +392,7 @@ def _envelope(
         action=event.action,
         state=event.state,
         starts_at=event.starts_at,
+        exact_deadline=event.exact_deadline,
         flags=frozenset(flags) | event.flags,
         detail=detail if event.detail is None else event.detail,
     )
@@ -431,6 +444,7 @@ class _Read:
     action: InterruptionAction | None = None
     state: str | None = None
     starts_at: datetime | None = None
+    exact_deadline: datetime | None = None
     flags: frozenset[str] = frozenset()
     dedupe_key: Callable[[str], str] | None = None
     # In place of what came.
@@ -465,7 +479,10 @@ def _action(detail: dict[str, Any]) -> tuple[InterruptionAction, frozenset[str]]
 def _interruption(kind: EventKind) -> Callable[[dict[str, Any]], _Read]:
     def read(detail: dict[str, Any]) -> _Read:
         action, flags = _action(detail)
-        return _Read(kind, (_instance_id(detail, "instance-id"),), action, flags=flags)
+        ends_at = None
+        if kind is EventKind.CAPACITY_RESERVATION_INTERRUPTION:
+            ends_at = _read_time(detail.get(_END_SAID_IN[kind]), set())
+        return _Read(kind, (_instance_id(detail, "instance-id"),), action, exact_deadline=ends_at, flags=flags)
 
     return read
 
@@ -490,9 +507,6 @@ def _state_change(detail: dict[str, Any]) -> _Read:
 def _health(detail: dict[str, Any]) -> _Read:
     if detail.get("service") != "EC2" or detail.get("eventTypeCategory") != "scheduledChange":
         raise _Dropped("health_other")
-    if detail.get("statusCode") == "closed":
-        # It took place, or was called off: AWS tells of both, and neither is a reason to drain.
-        raise _Dropped("health_closed")
     entities = detail.get("affectedEntities")
     if not isinstance(entities, list) or not entities:
         raise _Refused("missing_field", "detail.affectedEntities is missing or empty")
@@ -560,6 +574,10 @@ def _launch_unsuccessful(detail: dict[str, Any]) -> _Read:
 _READERS: dict[tuple[str, str], Callable[[dict[str, Any]], _Read]] = {
     ("aws.ec2", "EC2 Spot Instance Interruption Warning"): _interruption(EventKind.SPOT_INTERRUPTION),
     ("aws.ec2", "EC2 Capacity Reservation Instance Interruption Warning"): _interruption(
+        EventKind.CAPACITY_RESERVATION_INTERRUPTION
+    ),
+    # AWS has written the same event's name both ways.
+    ("aws.ec2", "EC2 Interruptible Capacity Reservation Instance Interruption Warning"): _interruption(
         EventKind.CAPACITY_RESERVATION_INTERRUPTION
     ),
     ("aws.ec2", "EC2 Instance Rebalance Recommendation"): _rebalance,

@@ -103,6 +103,7 @@ class Act(StrEnum):
     DROP = "drop"
     UNMATCHED = "unmatched"
     INTERRUPT = "interrupt"
+    CALL_OFF = "call_off"
 
 
 # Signals after which the instance may live on, and be ended by another one.
@@ -139,6 +140,10 @@ def decide(
         return Decision(Act.SCORE, "scored")
     if event.kind is EventKind.ASG_LAUNCH:
         return Decision(Act.RECORD, "its hook is answered when the node is Ready", answers_hook=True)
+    if event.called_off:
+        # It took place, or will not: AWS tells of both in the same words, and neither is a reason to drain.
+        key = interruption_key(event, instance_id, InterruptionAction.TERMINATE)
+        return Decision(Act.CALL_OFF, "the maintenance is over or called off", key=key)
     if node is None:
         return _nobodys(event, instance_id, now)
     if node.cluster_status == "deleted":

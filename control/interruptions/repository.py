@@ -243,7 +243,8 @@ _CONTEXT = text(f"""
             SELECT jsonb_agg(jsonb_build_object(
                 'occurred_at', e.occurred_at, 'received_at', e.received_at,
                 'payload', jsonb_build_object('eventArn', e.payload -> 'eventArn',
-                                              'startTime', e.payload -> 'startTime')) ORDER BY e.received_at, e.id)
+                                              'startTime', e.payload -> 'startTime',
+                                              'statusCode', e.payload -> 'statusCode')) ORDER BY e.received_at, e.id)
             FROM spot_events e
             WHERE l.kind = 'scheduled_change' AND l.state <> 'closed'
               AND e.interruption_id = l.id AND e.event_type = 'scheduled_change'))), '[]') FROM locked l),

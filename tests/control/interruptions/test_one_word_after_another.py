@@ -439,3 +439,111 @@ async def test_late_nodes_of_one_message_are_each_matched_with_what_it_said(stag
     await tenant.rows("UPDATE interruptions SET received_at = now() - interval '11 minutes' RETURNING 1")
     await closing.settle_unmatched(launcher.runtime)
     assert tuple(await tenant.row(inbox)) == ("quarantined", True)
+
+
+def called_off(document: dict[str, Any], said_at: datetime, **values: Any) -> dict[str, Any]:
+    """The word by which AWS closes a maintenance."""
+    detail = document["detail"] | {"statusCode": "closed"}
+    return document | {"id": str(new_id()), "detail": detail, "time": f"{said_at:%Y-%m-%dT%H:%M:%SZ}"} | values
+
+
+async def test_a_maintenance_that_is_called_off_takes_back_what_it_had_planned(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.pause()
+    tenant = stage.tenant
+    (instance,) = await stage.launch_nodes()
+    now, day, minute = datetime.now(UTC).replace(microsecond=0), timedelta(days=1), timedelta(minutes=1)
+    first = maintenance(stage, instance, start=now + day, said_at=now - 10 * minute, name="a")
+    other = maintenance(stage, instance, start=now + 2 * day, said_at=now - 9 * minute, name="b")
+    await told(stage, first)
+    await told(stage, called_off(first, now - 11 * minute))
+    await told(stage, called_off(maintenance(stage, instance, start=now + day, said_at=now, name="c"), now))
+    (row,) = await stage.interruptions()
+    assert (row.state, row.deadline_at) == ("open", now + day + 15 * minute), "an older word, and another maintenance"
+
+    # Another one is left.
+    await told(stage, other)
+    await told(stage, called_off(first, now - 8 * minute))
+    (row,) = await stage.interruptions()
+    assert (row.state, row.drain_pending, row.deadline_at) == ("open", True, now + 2 * day + 15 * minute)
+    (intent,) = await tenant.rows("SELECT state, next_action_at FROM launch_intents")
+    assert (intent.state, intent.next_action_at) == ("planned", now + 2 * day - 30 * minute)
+
+    await told(stage, called_off(other, now - 7 * minute))
+    await told(stage, first | {"id": "by-another-bus"})
+    (row,) = await stage.interruptions()
+    assert (row.state, row.outcome, row.reason) == ("closed", "cancelled", "AWS called the maintenance off")
+    assert await closing.cancel_unwanted(launcher.runtime) == 1
+    (intent,) = await tenant.rows("SELECT state FROM launch_intents")
+    assert intent.state == "cancelled"
+    history = await tenant.rows("SELECT event, state, detail FROM interruption_history ORDER BY version")
+    assert [entry.event for entry in history] == ["detected", "deadline_moved", "called_off"]
+    assert history[-1].state == "closed"
+    assert not await tenant.rows("SELECT 1 FROM agent_tasks")
+    told_of = await tenant.rows("SELECT payload FROM outbox WHERE topic = 'spot.interruption.closed'")
+    assert [one.payload["outcome"] for one in told_of] == ["cancelled"]
+
+    # What comes after it is news.
+    await told(stage, tenant.warning(instance))
+    _, warned = await stage.interruptions()
+    assert (warned.state, warned.kind) == ("open", "spot_interruption")
+    assert len(await tenant.rows("SELECT 1 FROM agent_tasks")) == 1
+
+
+@pytest.mark.parametrize("begun", ["drain", "warning", "recommendation"])
+async def test_what_has_begun_goes_on_when_its_maintenance_is_called_off(
+    stage: Stage, launcher: Launcher, begun: str
+) -> None:
+    await stage.pause()
+    await stage.tenant.config("event_policies", {"rebalance_recommendation": "pre_spin"})
+    (instance,) = await stage.launch_nodes()
+    now = datetime.now(UTC).replace(microsecond=0)
+    told_first = maintenance(stage, instance, start=now + timedelta(days=1), said_at=now, name="a")
+    await told(stage, told_first)
+    if begun == "drain":
+        await stage.tenant.rows("UPDATE interruptions SET deadline_at = now() + interval '14 minutes' RETURNING 1")
+        await closing.begin_waiting_drains(launcher.runtime)
+    elif begun == "warning":
+        await told(stage, stage.tenant.warning(instance))
+    else:
+        await told(stage, stage.tenant.rebalance(instance))
+    (before,) = await stage.interruptions()
+    await told(stage, called_off(told_first, now + timedelta(minutes=1)))
+    (row,) = await stage.interruptions()
+    assert (row.state, row.deadline_at, row.drain_pending) == ("open", before.deadline_at, before.drain_pending)
+    assert await closing.cancel_unwanted(launcher.runtime) == 0
+
+
+async def test_a_maintenance_called_off_before_its_node_registers_begins_nothing(
+    stage: Stage, launcher: Launcher
+) -> None:
+    await stage.pause()
+    late, now = "i-0aaaabbbbcccc0005", datetime.now(UTC).replace(microsecond=0)
+    first = maintenance(stage, late, start=now + timedelta(days=1), said_at=now, name="a")
+    await told(stage, first)
+    await told(stage, called_off(first, now))
+    (row,) = await stage.interruptions()
+    assert (row.state, row.outcome) == ("closed", "cancelled")
+    await stage.tenant.node(late)
+    assert await closing.settle_unmatched(launcher.runtime) == 0
+    inbox = await stage.tenant.rows("SELECT outcome FROM inbox_messages")
+    assert [message.outcome for message in inbox] == ["handled", "handled"]
+
+
+async def test_a_replacement_launched_for_a_maintenance_that_is_called_off_is_ended(
+    stage: Stage, launcher: Launcher
+) -> None:
+    stage.nodes_join = False
+    (instance,) = await stage.launch_nodes()
+    now = datetime.now(UTC).replace(microsecond=0)
+    first = maintenance(stage, instance, start=now + timedelta(minutes=40), said_at=now, name="a")
+    await told(stage, first)
+    await due_again(stage)
+    await launch(launcher)
+    assert len(stage.ours(alive=True)) == 1
+    await told(stage, called_off(first, now))
+    await closing.cancel_unwanted(launcher.runtime)
+    (attempt,) = await stage.tenant.rows("SELECT state FROM launch_attempts")
+    (intent,) = await stage.tenant.rows("SELECT state FROM launch_intents")
+    assert (intent.state, attempt.state) == ("cancelled", "terminating")

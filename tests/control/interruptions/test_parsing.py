@@ -39,8 +39,9 @@ def test_corpus(case: Case) -> None:
             for name in ("action", "state", "region", "dedupe_key"):
                 if name in expect:
                     assert getattr(outcome, name) == expect[name]
-            if "occurred_at" in expect:
-                assert outcome.occurred_at == datetime.fromisoformat(expect["occurred_at"])
+            for name in ("occurred_at", "exact_deadline"):
+                if name in expect:
+                    assert getattr(outcome, name) == datetime.fromisoformat(expect[name])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "generate" in case.expect], ids=lambda case: case.name)
