@@ -138,6 +138,28 @@ async def test_one_storm_is_one_call_per_pool(stage: Stage, launchers: list[Laun
     assert len(calls) == len(pools) <= 3
 
 
+async def test_a_call_that_is_filled_in_part_sends_the_rest_to_other_pools(
+    stage: Stage, launchers: list[Launcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = await stage.launch_nodes(5)
+    monkeypatch.setattr(stage.aws._ec2, "capacity_errors", True)
+    monkeypatch.setattr(stage.aws._ec2.market, "capacity", lambda *_args, **_options: 2)
+    await _warn(stage, lost)
+
+    async def all_launched() -> bool:
+        await launchers[0].plan_round()
+        await launchers[0].finish_calls(10)
+        return not await stage.tenant.rows("SELECT 1 FROM launch_intents WHERE state <> 'launched'")
+
+    await stage.until(all_launched, 10)
+    attempts = await stage.tenant.rows("SELECT intent_id, state, failure, instance_id FROM launch_attempts")
+    launched = {attempt.instance_id: attempt.intent_id for attempt in attempts if attempt.state == "launched"}
+    assert launched.keys() == {instance.instance_id for instance in stage.ours()}
+    assert len(set(launched.values())) == 5
+    assert sum(attempt.failure == "PartialFill" for attempt in attempts) >= 3
+    assert await stage.tenant.rows("SELECT 1 FROM pool_standings WHERE last_reason = 'refusal'")
+
+
 async def test_an_account_that_does_not_answer_holds_up_nobody_else(
     stage: Stage, launchers: list[Launcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:

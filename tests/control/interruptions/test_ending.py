@@ -157,20 +157,23 @@ async def test_an_account_that_does_not_answer_holds_up_no_other(
     (unended,) = await never_ready_replacements(stage, launcher)
     other = stage.tenant = await stage.add_customer()
     (ended,) = await never_ready_replacements(stage, launcher)
-    hang = {"mode": "hang", "account_id": silent.account_id, "count": None, "seconds": 2.0}
+    hang = {"mode": "hang", "account_id": silent.account_id, "count": None, "seconds": 20.0}
     stage.aws.inject(Fault(**hang))
-    assert await Ending(launcher).run_once() == 1
+    async with asyncio.timeout(10):
+        assert await Ending(launcher).run_once() == 1
     assert [stage.state_of(instance) in OVER for instance in (unended, ended)] == [False, True]
 
     # The same for launches without an answer.
     stage.aws.clear_faults()
+    await launcher.leave()
     for tenant in (silent, other):
         stage.tenant = tenant
         lost = Fault("drop_before", action="RunInstances", account_id=tenant.account_id)
         await launched(stage, launcher, fault=lost)
     stage.aws.inject(Fault(**hang))
     await stage.tenant.rows("UPDATE launch_batches SET next_action_at = now() RETURNING 1")
-    assert await launch_reconciler.run_once(launcher) == 2
+    async with asyncio.timeout(10):
+        assert await launch_reconciler.run_once(launcher) == 2
     unanswered = await stage.tenant.rows("SELECT customer_id FROM launch_batches WHERE state IN ('calling', 'unknown')")
     assert [row.customer_id for row in unanswered] == [silent.customer_id]
     stage.aws.clear_faults()
