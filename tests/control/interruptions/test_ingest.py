@@ -225,6 +225,16 @@ async def test_terminated_before_the_warning_drains_nothing(db: Database, tenant
     assert (node.status, node.terminated_at is not None) == ("terminated", True)
 
 
+async def test_an_on_demand_node_that_ends_was_ended_by_somebody_who_meant_to(db: Database, tenant: Tenant) -> None:
+    node = await tenant.node(node_type="on-demand")
+    await ingest(db, await tenant.facts(), [sqs(tenant.state_change(node, "shutting-down"))])
+    for table in ("interruptions", "agent_tasks", "launch_intents"):
+        assert await tenant.rows(f"SELECT 1 FROM {table} WHERE customer_id = :customer_id") == []
+    # A warning about it is none the less one.
+    await ingest(db, await tenant.facts(), [sqs(tenant.warning(node))])
+    assert len(await tenant.rows("SELECT 1 FROM interruptions WHERE customer_id = :customer_id")) == 1
+
+
 async def test_instance_of_another_tenant_is_quarantined_with_an_alarm(db: Database, tenant, other_tenant) -> None:
     theirs = await other_tenant.node()
     done = await ingest(db, await tenant.facts(), [sqs(tenant.warning(theirs))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -10,9 +11,11 @@ from control.interruptions.launching import Launcher
 from control.interruptions.reconcilers import launch as launch_reconciler
 from control.interruptions.reconcilers import never_ready, orphans
 from control.interruptions.reconcilers.ending import Ending
+from control.interruptions.service import Received, ingest
 from control.sandbox.aws.faults import Fault
 from tests.control.interruptions.harness import Stage
 from tests.control.interruptions.replacements import launched, never_ready_replacements
+from warehouse.contracts import EventSource
 from warehouse.postgres.models import new_id
 
 ALIVE = ("pending", "running")
@@ -137,3 +140,16 @@ async def test_a_replacement_that_somebody_ended_is_launched_anew_at_the_next_lo
     assert (attempts[0].state, attempts[0].instance_id) == ("terminated", ended)
     assert [instance.instance_id for instance in stage.ours(alive=True)] == [attempts[-1].instance_id]
     assert stage.calls("TerminateInstances") == []
+
+
+async def test_the_end_of_what_we_end_is_no_interruption(stage: Stage, launcher: Launcher) -> None:
+    (unwanted,) = await never_ready_replacements(stage, launcher)
+    assert await Ending(launcher).run_once() == 1
+    told = [
+        Received(json.dumps(stage.tenant.state_change(unwanted, state)), EventSource.SQS)
+        for state in ("shutting-down", "terminated")
+    ]
+    await ingest(stage.db, await stage.tenant.facts(), told)
+    assert unwanted not in {row.instance_id for row in await stage.interruptions()}
+    actions = await stage.tenant.rows("SELECT action_taken FROM spot_events WHERE instance_id = :i", i=unwanted)
+    assert [row.action_taken for row in actions] == ["our own termination"] * 2
