@@ -105,6 +105,18 @@ class AttemptAnswer(Answer):
     ended_at: datetime | None
 
 
+class DrainAnswer(Answer):
+    """One try to drain the node. The timeline is of the newest one."""
+
+    task_id: UUID
+    state: str
+    created_at: datetime
+    first_leased_at: datetime | None
+    cordoned_at: datetime | None
+    finished_at: datetime | None
+    deadline_at: datetime | None
+
+
 class SignalAnswer(Answer):
     """One event that was about an interruption."""
 
@@ -121,6 +133,7 @@ class InterruptionDetail(InterruptionAnswer):
 
     history: list[HistoryEntry]
     attempts: list[AttemptAnswer]
+    drains: list[DrainAnswer]
     events: list[SignalAnswer]
 
 

@@ -17,6 +17,7 @@ from control.gateways.aws import AwsGateway
 from control.interruptions import replaying, return_repository, returning, service, taking, views_repository
 from control.interruptions.schemas import (
     AttemptAnswer,
+    DrainAnswer,
     HistoryEntry,
     InterruptionAnswer,
     InterruptionDetail,
@@ -62,11 +63,13 @@ async def get_interruption(db: Database, principal: Principal, interruption_id: 
             raise NotFound("interruption")
         history = await views_repository.history(conn, interruption_id)
         attempts = await views_repository.attempts(conn, interruption_id)
+        drains = await views_repository.drains(conn, interruption_id)
         events = await views_repository.events(conn, interruption_id)
     return InterruptionDetail(
         **_answer(rows[0]).model_dump(),
         history=[HistoryEntry.model_validate(row) for row in history],
         attempts=[AttemptAnswer.model_validate(row) for row in attempts],
+        drains=[DrainAnswer.model_validate(row) for row in drains],
         events=[SignalAnswer.model_validate(row) for row in events],
     )
 

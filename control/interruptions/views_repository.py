@@ -69,6 +69,10 @@ _ATTEMPTS = text("""
     FROM launch_attempts a JOIN launch_intents l ON l.id = a.intent_id
     WHERE l.interruption_id = :id ORDER BY a.attempt_no
 """)
+_DRAINS = text("""
+    SELECT id AS task_id, state, created_at, first_leased_at, cordoned_at, finished_at, deadline_at FROM agent_tasks
+    WHERE interruption_id = :id AND task_type = 'drain_node' ORDER BY created_at, id
+""")
 _EVENTS = text("""
     SELECT id, event_type, source, occurred_at, received_at, action_taken FROM spot_events
     WHERE interruption_id = :id ORDER BY received_at
@@ -83,6 +87,11 @@ async def history(conn: AsyncConnection, interruption_id: UUID) -> Sequence[Row]
 async def attempts(conn: AsyncConnection, interruption_id: UUID) -> Sequence[Row]:
     """Every try to replace its instance."""
     return (await conn.execute(_ATTEMPTS, {"id": interruption_id})).all()
+
+
+async def drains(conn: AsyncConnection, interruption_id: UUID) -> Sequence[Row]:
+    """Every try to drain its node."""
+    return (await conn.execute(_DRAINS, {"id": interruption_id})).all()
 
 
 async def events(conn: AsyncConnection, interruption_id: UUID) -> Sequence[Row]:

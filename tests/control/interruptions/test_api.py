@@ -92,6 +92,22 @@ async def test_a_pushed_warning_is_handled_like_one_from_the_queue(api: Api, key
     assert [event["source"] for event in detail["events"]] == ["push"]
 
 
+async def test_a_drain_that_was_tried_twice_is_shown_twice(api: Api, keys: Keys, customer: Tenant) -> None:
+    await customer.config("event_policies", {"rebalance_recommendation": "drain"})
+    instance = await customer.node()
+    await _push(api, keys, customer.rebalance(instance))
+    await customer.rows("UPDATE agent_tasks SET state = 'failed', cordoned_at = now(), finished_at = now() RETURNING 1")
+    await _push(api, keys, customer.warning(instance))
+    (found,) = (await api.ok("GET", "/interruptions", keys.analyst_key))["interruptions"]
+    detail = await api.ok("GET", f"/interruptions/{found['id']}", keys.analyst_key)
+    failed, again = detail["drains"]
+    assert (failed["state"], again["state"], found["drain_state"]) == ("failed", "queued", "queued")
+    assert failed["cordoned_at"] is not None
+    assert again["cordoned_at"] is None
+    created = {step["step"]: step["at"] for step in detail["timeline"]}["task_created"]
+    assert created == again["created_at"]
+
+
 async def test_an_agents_notice_is_the_same_interruption(api: Api, keys: Keys, customer: Tenant) -> None:
     instance = await customer.node()
     await _push(api, keys, customer.warning(instance))
