@@ -262,6 +262,17 @@ class Instances:
             instance.reason_code = "Server.SpotInstanceShutdown"
         self.save([instance])
 
+    def resume(self, instance: Instance, boot_seconds: float) -> None:
+        """EC2 starts a stopped Spot instance again, as it does by itself when it has capacity: the same instance, its
+        request fulfilled, launched now."""
+        now = self.clock()
+        instance.stopping_at = instance.stopped_at = instance.reason_code = None
+        instance.interruption_notice_at = instance.interruption_due_at = instance.rebalance_at = None
+        instance.interruption_behaviour = "terminate"
+        instance.launched_at = now
+        instance.running_at = now + boot_seconds
+        self.save([instance])
+
     def forget_old(self) -> None:
         """Drop what AWS would have forgotten, so that a sandbox left running does not grow."""
         now = self.clock()

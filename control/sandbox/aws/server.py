@@ -25,6 +25,7 @@ import contextlib
 import copy
 import json
 import logging
+import random
 import re
 import signal
 import socket
@@ -426,6 +427,16 @@ class SandboxAWS:
         """Somebody ends the instance, outside of any API call of ours."""
         instance = self._instances.by_id[instance_id]
         self._instances.terminate(instance, reason)
+        self._changed([instance])
+
+    def resume(self, instance_id: str) -> None:
+        """EC2 has capacity again for an instance it stopped or hibernated. Raises KeyError for an unknown instance and
+        ValueError for one that is not stopped."""
+        instance = self._instances.by_id[instance_id]
+        state = instance.state(self._instances.clock())
+        if state != "stopped":
+            raise ValueError(f"{instance_id} is {state}; only what is stopped is started again")
+        self._instances.resume(instance, random.uniform(*self.config.boot_seconds))
         self._changed([instance])
 
     def _running(self, instance_id: str) -> Instance:

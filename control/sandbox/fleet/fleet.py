@@ -287,12 +287,19 @@ class Fleet:
         node = self._node_of(runtime, member, instance)
         if node is None:
             return  # somebody deleted the Node object; a kubelet does not register twice
+        if member.ended_at is not None:
+            if instance.state(now) != "running":
+                return
+            # EC2 started it again: the same node, Ready once its kubelet is up, and its metadata has no notice.
+            member.ended_at, member.unreachable, member.ready = None, False, False
+            member.ready_at = now + _spread(instance.instance_id, "ready", self.config.ready_seconds)
+            node = store.edit(NODES, node, _without_notices)
         if member.node_name not in runtime.alive:
             runtime.alive.add(member.node_name)
         moment = datetime.fromtimestamp(now, UTC)
         if not member.ready and member.ready_at <= now:
             member.ready = True
-            node = store.edit(NODES, node, _without_not_ready_taint)
+            node = store.edit(NODES, node, _without_down_taints)
             node = store.edit(
                 NODES, node, partial(_set_conditions, node_conditions(ready=True, now=moment)), subresource="status"
             )
@@ -443,6 +450,16 @@ class Fleet:
         self._sync()
         return interrupted
 
+    def resume(self, node: str) -> dict[str, str]:
+        """EC2 starts a stopped or hibernated node again. Raises ValueError when there is none of that name, or when it
+        is not stopped."""
+        for instance_id, member in self._members.items():
+            if node in (member.node_name, instance_id) and not member.left:
+                self._aws.resume(instance_id)
+                self._sync()
+                return {"node": member.node_name, "instance_id": instance_id}
+        raise ValueError(f"there is no node {node!r}; `cloudoptim sandbox nodes` lists them")
+
     def describe(self) -> list[dict[str, Any]]:
         """Every instance that is or becomes a node, for people and tests."""
         now = self._now()
@@ -521,11 +538,23 @@ def _spread(instance_id: str, purpose: str, between: tuple[float, float]) -> flo
     return random.Random(f"{purpose}/{instance_id}").uniform(*between)
 
 
-def _without_not_ready_taint(draft: Object) -> None:
-    kept = [t for t in draft["spec"].get("taints") or [] if t["key"] != "node.kubernetes.io/not-ready"]
+_DOWN_TAINTS = (
+    "node.kubernetes.io/not-ready",
+    "node.kubernetes.io/unreachable",
+    "node.cloudprovider.kubernetes.io/shutdown",
+)
+
+
+def _without_down_taints(draft: Object) -> None:
+    kept = [t for t in draft["spec"].get("taints") or [] if t["key"] not in _DOWN_TAINTS]
     draft["spec"]["taints"] = kept
     if not kept:
         del draft["spec"]["taints"]
+
+
+def _without_notices(draft: Object) -> None:
+    for name in (INSTANCE_ACTION_ANNOTATION, REBALANCE_ANNOTATION):
+        (draft["metadata"].get("annotations") or {}).pop(name, None)
 
 
 def _taint_unreachable(at: str, stopped: bool, draft: Object) -> None:
@@ -559,7 +588,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def control_routes(fleet: Callable[[], Fleet]) -> list[Any]:
-    """`/_sandbox/fleet` (GET: all nodes) and `/_sandbox/fleet/interrupt` (POST node | cluster, count)."""
+    """`/_sandbox/fleet` (GET: all nodes), `/_sandbox/fleet/interrupt` (POST node | cluster, count) and
+    `/_sandbox/fleet/resume` (POST node)."""
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -577,7 +607,14 @@ def control_routes(fleet: Callable[[], Fleet]) -> list[Any]:
         except (ValueError, TypeError) as error:
             return JSONResponse({"error": str(error)}, status_code=400)
 
+    async def resume(request: Request) -> Response:
+        try:
+            return JSONResponse(fleet().resume(**await request.json()))
+        except (ValueError, TypeError) as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+
     return [
         Route("/_sandbox/fleet", nodes),
+        Route("/_sandbox/fleet/resume", resume, methods=["POST"]),
         Route("/_sandbox/fleet/interrupt", interrupt, methods=["POST"]),
     ]

@@ -92,6 +92,17 @@ def test_an_interruption_can_stop_or_hibernate_and_outlives_the_customers_queue(
         assert stopped["State"] == {"Code": 80, "Name": "stopped"}
         assert stopped["StateReason"]["Code"] == "Server.SpotInstanceShutdown"
         assert stopped["PrivateIpAddress"]
+        with pytest.raises(ValueError, match="is running"):
+            aws.resume(orphan)
+        aws.resume(hibernating)
+        eventually(lambda: [i.announced for i in aws.instances() if i.instance_id == hibernating] == ["running"], 10)
+        assert ends("hibernate") == ["active/fulfilled"]
+        (resumed,) = ec2.describe_instances(InstanceIds=[hibernating])["Reservations"][0]["Instances"]
+        assert resumed["LaunchTime"] > stopped["LaunchTime"]
+        assert "StateReason" not in resumed
+        # It can be warned of again, and end.
+        aws.interrupt(hibernating, notice_seconds=60)
+        assert ends("hibernate") == ["active/marked-for-termination"]
         sqs.delete_queue(QueueUrl=account.queue_url)
         # EventBridge has nobody to tell it to, and what happens happens
         assert aws.interrupt(orphan, notice_seconds=0.1) is None

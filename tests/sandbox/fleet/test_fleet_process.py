@@ -226,6 +226,17 @@ def test_a_hibernated_instance_keeps_its_node_which_is_not_ready(sandbox: Runnin
     actions = [m["detail"].get("instance-action") for m in sandbox.messages("shop-prod")]
     assert "hibernate" in actions
 
+    # EC2 has capacity again.
+    eventually(lambda: "stopped" in {i["state"] for i in sandbox.control("GET", "/_sandbox/fleet").json()}, 40)
+    answer = sandbox.control("POST", "/_sandbox/fleet/resume", {"node": row["node"]})
+    assert (answer.status_code, answer.json().get("instance_id")) == (200, row["instance_id"])
+    back = eventually(lambda: (node := core.read_node(row["node"])) and ready(node) and node, 40)
+    assert not back.spec.taints
+    assert back.metadata.uid == node.metadata.uid
+    assert "cloudoptim.io/imds-spot-instance-action" not in back.metadata.annotations
+    again = sandbox.control("POST", "/_sandbox/fleet/resume", {"node": row["node"]})
+    assert (again.status_code, "is running" in again.json()["error"]) == (400, True)
+
 
 def test_asking_for_what_is_not_there_says_what_is(sandbox: RunningSandbox) -> None:
     for wish, words in (
