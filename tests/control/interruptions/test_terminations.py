@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
@@ -78,6 +79,29 @@ async def test_while_a_customer_is_adopt_only_no_orphan_is_ended(stage: Stage, l
     await stage.tenant.rows(adopt_only.format("NULL"))
     await stage.pass_rounds()
     assert await orphans.run_once(launcher) == 1
+
+
+async def test_the_look_that_finds_a_restored_database_ends_nothing_else(stage: Stage, launcher: Launcher) -> None:
+    orphan, unheard_of = await launched(stage, launcher, 2)
+    _an_hour_later(stage)
+    await _set(stage, orphan, "abandoned")
+    await stage.tenant.rows("DELETE FROM launch_attempts WHERE instance_id = :i RETURNING 1", i=unheard_of)
+    _tag(stage, unheard_of, "batch", str(new_id()))
+    assert await orphans.run_once(launcher) == 0
+    assert {stage.state_of(instance) for instance in (orphan, unheard_of)} == {"running"}
+    customer = await stage.tenant.row("SELECT adopt_only_since FROM customers WHERE id = :customer_id")
+    assert customer.adopt_only_since is not None
+
+
+async def test_what_becomes_adopt_only_while_ec2_answers_is_not_ended(stage: Stage, launcher: Launcher) -> None:
+    (unwanted,) = await never_ready_replacements(stage, launcher)
+    # The reading of the tags, after the decision and right before the call.
+    stage.aws.inject(Fault("delay", action="DescribeInstances", nth=2, seconds=1.0))
+    ending = asyncio.create_task(Ending(launcher).run_once())
+    await stage.until(lambda: stage.tenant.rows("SELECT 1 FROM round_claims WHERE name LIKE 'endings:%'"), 10)
+    await stage.tenant.rows("UPDATE customers SET adopt_only_since = now() WHERE id = :customer_id RETURNING 1")
+    assert await ending == 0
+    assert stage.state_of(unwanted) == "running"
 
 
 async def test_an_instance_that_describe_does_not_show_yet_has_not_ended(stage: Stage, launcher: Launcher) -> None:
