@@ -321,6 +321,15 @@ class ThroughAWorker(Play):
         if "fault" in step:
             self.stage.aws.inject(Fault(**step["fault"], account_id=self.tenant.account_id))
             return
+        if "queue_region" in step:
+            # As somebody who copied the address of another region's queue: there is none of this name.
+            await self._sql(
+                "UPDATE customers SET sqs_queue_url = regexp_replace(sqs_queue_url, '^.*://[^/]+', :host) "
+                "WHERE id = :id",
+                host=f"https://sqs.{step['queue_region']}.amazonaws.com",
+                id=self.tenant.customer_id,
+            )
+            return
         await super()._world(step)
 
     async def check(self, expect: dict[str, Any]) -> None:
@@ -354,7 +363,7 @@ async def run_through_a_worker(stage: Stage, chosen: list[Scenario]) -> None:
     # What is broken before the first message is broken before the first poll.
     for play in plays:
         for step in play.scenario.steps:
-            if "fault" in step and step["fault"]["action"] == "ReceiveMessage":
+            if "queue_region" in step or ("fault" in step and step["fault"]["action"] == "ReceiveMessage"):
                 await play._world(step)
                 play.scenario.steps.remove(step)
     worker = stage.start_worker()

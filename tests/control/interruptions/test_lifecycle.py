@@ -135,6 +135,22 @@ async def test_a_group_that_went_on_by_itself_is_no_trouble(stage: Stage, runtim
     assert "No active Lifecycle Action" in hook.reason
 
 
+async def test_a_completion_whose_answer_is_lost_is_given_once(stage: Stage, runtime: Runtime) -> None:
+    """Also of a worker that is killed between the group's answer and its own commit: the group refuses a second one."""
+    (instance,) = await stage.launch_nodes()
+    action = stage.aws.begin_lifecycle_action(instance)
+    await _take_in(stage, runtime)
+    await stage.tenant.rows("UPDATE agent_tasks SET state = 'done', finished_at = now() RETURNING 1")
+    stage.aws.inject(Fault("drop_after", action="CompleteLifecycleAction"))
+    assert await lifecycle.run_once(runtime) == 0
+    assert (action.result, (await _hook(stage)).state) == ("CONTINUE", "open")
+    for _ in range(3):
+        await _due(stage)
+        await lifecycle.run_once(runtime)
+    assert (await _hook(stage)).state == "left"
+    assert len(stage.calls("CompleteLifecycleAction")) == 2, "the lost one, and one that was refused"
+
+
 async def test_a_missing_right_is_told_with_its_remedy_and_heals(stage: Stage, runtime: Runtime) -> None:
     stage.agent_works = False
     (instance,) = await stage.launch_nodes()
