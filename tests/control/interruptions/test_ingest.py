@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy import event, text
 
@@ -197,7 +198,7 @@ async def test_four_signals_of_one_instance_in_all_24_orders_are_one_interruptio
     for instance, order in zip(instances, orders, strict=True):
         await tell(instance, order)
     rows = await tenant.rows(
-        """SELECT i.instance_id, i.detected_by, i.instance_action, i.state,
+        """SELECT i.instance_id, i.detected_by, i.kind, i.instance_action, i.state,
                   (SELECT count(*) FROM agent_tasks t WHERE t.interruption_id = i.id) AS drains,
                   (SELECT count(*) FROM launch_intents l WHERE l.interruption_id = i.id) AS launches
            FROM interruptions i WHERE i.customer_id = :customer_id"""
@@ -207,8 +208,8 @@ async def test_four_signals_of_one_instance_in_all_24_orders_are_one_interruptio
     by_instance = {row.instance_id: row for row in rows}
     for instance, order in zip(instances, orders, strict=True):
         row = by_instance[instance]
-        became = (sorted(row.detected_by), row.instance_action, row.state, row.drains, row.launches)
-        assert became == (told, "terminate", "open", 1, 1), order
+        became = (sorted(row.detected_by), row.kind, row.instance_action, row.state, row.drains, row.launches)
+        assert became == (told, "spot_interruption", "terminate", "open", 1, 1), order
     drained = await tenant.rows("SELECT parameters FROM agent_tasks WHERE customer_id = :customer_id")
     assert sorted(row.parameters["instance_id"] for row in drained) == sorted(instances)
 
@@ -525,15 +526,20 @@ async def test_a_recommendation_does_not_drain_for_a_maintenance_of_next_week(db
     assert intent.next_action_at <= datetime.now(UTC), "but its replacement is launched now"
 
 
-async def test_a_stop_of_a_node_that_was_just_drained_launches_nothing_more(db: Database, tenant) -> None:
+@pytest.mark.parametrize(("minutes", "launches"), [(0, 1), (50, 1), (70, 2)])
+async def test_a_stop_of_a_node_that_was_drained_within_the_hour_launches_nothing_more(
+    db: Database, tenant: Tenant, minutes: int, launches: int
+) -> None:
     await tenant.config("event_policies", {"rebalance_recommendation": "drain"})
     facts = await tenant.facts()
     instance = await tenant.node()
     await ingest(db, facts, [sqs(tenant.rebalance(instance))])
     await tenant.rows(
-        "UPDATE interruptions SET state = 'closed', outcome = 'handled', closed_at = now() "
-        "WHERE instance_id = :i RETURNING 1",
+        "UPDATE interruptions SET state = 'closed', outcome = 'handled', closed_at = now() - ago.ago, "
+        "notice_at = notice_at - ago.ago, received_at = received_at - ago.ago, deadline_at = deadline_at - ago.ago "
+        "FROM (SELECT make_interval(mins => :minutes) AS ago) ago WHERE instance_id = :i RETURNING 1",
         i=instance,
+        minutes=minutes,
     )
     await ingest(db, facts, [sqs(tenant.warning(instance, "stop"))])
-    assert len(await tenant.rows("SELECT 1 FROM launch_intents WHERE customer_id = :customer_id")) == 1
+    assert len(await tenant.rows("SELECT 1 FROM launch_intents WHERE customer_id = :customer_id")) == launches
