@@ -29,7 +29,7 @@ REBALANCE_LEAD = timedelta(minutes=15)
 LIFECYCLE_LEAD = timedelta(minutes=15)
 # Scheduled maintenance is acted on this long before it begins; retirement of failing hardware at once.
 MAINTENANCE_LEAD = timedelta(minutes=30)
-URGENT_CODES = ("RETIREMENT", "DEGRADED", "IMPAIRED", "INSTANCE_STOP", "POWER_MAINTENANCE")
+URGENT_CODES = ("RETIREMENT", "DEGRADED", "IMPAIRED", "INSTANCE_STOP")
 # An agent reports every 30 s; a node it saw this recently is alive whatever an old message says.
 SEEN_RECENTLY = timedelta(seconds=90)
 

@@ -328,6 +328,35 @@ async def test_pages_of_one_health_event_are_acted_on_one_by_one_in_any_order(db
     assert all(row.next_action_at <= datetime.now(UTC) for row in intents)
 
 
+@pytest.mark.parametrize(
+    ("code", "at_once"),
+    [
+        # EC2's types of scheduled events: hardware that fails, and work on the host.
+        ("AWS_EC2_INSTANCE_RETIREMENT_SCHEDULED", True),
+        ("AWS_EC2_PERSISTENT_INSTANCE_RETIREMENT_SCHEDULED", True),
+        ("AWS_EC2_INSTANCE_STOP_SCHEDULED", True),
+        ("AWS_EC2_INSTANCE_REBOOT_MAINTENANCE_SCHEDULED", False),
+        ("AWS_EC2_SYSTEM_REBOOT_MAINTENANCE_SCHEDULED", False),
+        ("AWS_EC2_INSTANCE_NETWORK_MAINTENANCE_SCHEDULED", False),
+        ("AWS_EC2_INSTANCE_POWER_MAINTENANCE_SCHEDULED", False),
+    ],
+)
+async def test_failing_hardware_is_replaced_at_once_and_maintenance_on_its_day(
+    db: Database, tenant, code: str, at_once: bool
+) -> None:
+    detail = {
+        "service": "EC2",
+        "eventTypeCategory": "scheduledChange",
+        "eventTypeCode": code,
+        "startTime": "Thu, 1 Nov 2035 22:00:00 GMT",
+        "affectedEntities": [{"entityValue": await tenant.node()}],
+    }
+    await ingest(db, await tenant.facts(), [sqs(tenant.event("AWS Health Event", detail, source="aws.health"))])
+    intent = await tenant.row("SELECT next_action_at FROM launch_intents WHERE customer_id = :customer_id")
+    on_its_day = datetime(2035, 11, 1, 21, 30, tzinfo=UTC)
+    assert (intent.next_action_at <= datetime.now(UTC)) if at_once else (intent.next_action_at == on_its_day)
+
+
 async def test_terminate_stop_and_hibernate_are_three_plans(db: Database, tenant) -> None:
     facts = await tenant.facts()
     plans = {}
