@@ -198,7 +198,7 @@ async def test_limits_are_shared_by_processes_and_kept_apart_by_customer(postgre
         assert (await second.call("GET", "/clusters", other.analyst_key)).status_code == 200
 
 
-async def test_a_customers_limit_is_shared_by_its_keys_and_by_nobody_else(postgres_url, clean_redis_url):
+async def test_limits_of_a_customer_are_shared_by_its_keys_and_by_nobody_else(postgres_url, clean_redis_url):
     settings = settings_for(postgres_url, clean_redis_url, CLOUDOPTIM_RATE_LIMIT_PER_CUSTOMER="10/minute")
     async with serving(settings) as api:
         tenant, other = await api.tenant(), await api.tenant()
