@@ -128,7 +128,8 @@ async def wait_for_tasks(
         while True:
             tasks = await lease(context, principal, understands=understands, limit=limit, version=version)
             left = ends - time.monotonic()
-            if tasks or left <= 0:
+            # Also of one that came when the bells had rung for the end already.
+            if tasks or left <= 0 or context.watch.stopping:
                 return tasks
             # The watch rings every bell whose cluster has work at least every two seconds.
             if not await bell.wait(left) or await gone() or context.watch.is_revoked(principal.id):
