@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from control.interruptions import merging, states
 from control.interruptions.merging import Effects, Known
+from control.interruptions.messages import label_of
 from control.interruptions.parsing import STALE_AFTER, ParsedEvent
 from control.interruptions.policies import (
     SOFT_KINDS,
@@ -59,7 +60,7 @@ from control.interruptions.states import (
     close_open,
     close_unmatched,
 )
-from warehouse.contracts import EventKind, InterruptionAction
+from warehouse.contracts import EventKind, EventSource, InterruptionAction
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -306,10 +307,15 @@ class SignalMachine(RuleBasedStateMachine):
 
     def tell(self, event: ParsedEvent, label: str) -> None:
         """As a batch does: decide, find whose it is, begin or merge."""
+        label = label_of(EventSource(label), event.kind)
         node = self.node()
         decision = decide(event, INSTANCE, node, self.policies, self.now)
         index = merging.owner(self.known, event, decision, self.now)
         before = self.known[index] if index is not None else None
+        if decision.act is Act.CALL_OFF:
+            if index is not None:
+                self.call_off(index, event, label)
+            return
         if decision.act not in (Act.INTERRUPT, Act.UNMATCHED):
             if index is not None:
                 self.known[index] = merging.hear(self.known[index], label).known
@@ -333,6 +339,22 @@ class SignalMachine(RuleBasedStateMachine):
         assert repeated.known == self.known[index]
         assert not repeated.effects.launches
         self.answered(index, before, event, decision)
+
+    def call_off(self, index: int, event: ParsedEvent, label: str) -> None:
+        before, branch = self.known[index], self.branches[index]
+        merged = merging.call_off(before, event, label, self.now)
+        self.known[index] = merged.known
+        self.heard[index].append((event, self.now))
+        assert bool(merged.notes) == (merged.known != before), "a change without a line in the history"
+        if merged.effects.closes:
+            assert before.kind is EventKind.SCHEDULED_CHANGE, "only a maintenance is called off"
+            assert branch.drain is None, "what has begun goes on"
+            assert {heard.kind for heard, _ in self.heard[index]} == {EventKind.SCHEDULED_CHANGE}, "others spoke too"
+            branch.launch = branch.launch and IntentState.CANCELLED
+        else:
+            assert merged.known.state == before.state
+        self.do(index, merged.effects)
+        assert not merging.call_off(self.known[index], event, label, self.now).notes, "the same again changes nothing"
 
     def do(self, index: int, effects: Effects) -> None:
         branch = self.branches[index]
@@ -437,6 +459,17 @@ class SignalMachine(RuleBasedStateMachine):
         open_before = sum(one.state != "closed" for one in self.known)
         self.tell(event, label)
         assert sum(one.state != "closed" for one in self.known) <= max(open_before, 1)
+
+    @precondition(lambda self: any(event.kind is EventKind.SCHEDULED_CHANGE for event in self.sent))
+    @rule(data=st.data(), age=st.sampled_from([0, 3, 1200]))
+    def maintenance_is_over(self, data: st.DataObject, age: int) -> None:
+        """AWS closes a maintenance it spoke of: it took place, or will not."""
+        planned = [event for event in self.sent if event.kind is EventKind.SCHEDULED_CHANGE]
+        event = data.draw(st.sampled_from(planned))
+        over = {"statusCode": "closed"}
+        event = replace(event, occurred_at=self.now - timedelta(seconds=age), detail=event.detail | over)
+        self.sent.append(event)
+        self.tell(event, "sqs")
 
     # --- what goes on meanwhile
 
@@ -551,17 +584,28 @@ class SignalMachine(RuleBasedStateMachine):
         for one, heard in zip(self.known, self.heard, strict=True):
             if one.state != "open" or one.kind is not EventKind.SCHEDULED_CHANGE or not one.drain_pending:
                 continue
-            last: dict[Any, tuple[datetime, datetime]] = {}
-            for number, (event, at) in enumerate(heard):
+            last: dict[Any, tuple[datetime, bool, datetime]] = {}
+            for event, at in heard:
                 if event.kind is not EventKind.SCHEDULED_CHANGE:
                     continue
                 ends = max(event.starts_at or at, at) + timedelta(minutes=15)
-                named = event.detail.get("eventArn") if event.starts_at else None
-                said, known = last.get(named or number, (event.occurred_at, ends))
-                if event.occurred_at > said or (event.occurred_at == said and ends < known):
+                arn = event.detail.get("eventArn") if event.starts_at else None
+                name = arn or event.starts_at
+                said, over, known = last.get(name, (event.occurred_at, event.called_off, ends))
+                if event.called_off or over:
+                    if (event.occurred_at, event.called_off) > (said, over):
+                        said, over, known = event.occurred_at, event.called_off, ends
+                elif arn is None or event.occurred_at == said:
+                    said, known = event.occurred_at, min(ends, known)
+                elif event.occurred_at > said:
                     said, known = event.occurred_at, ends
-                last[named or number] = said, known
-            assert one.deadline_at == min(ends for _, ends in last.values())
+                last[name] = said, over, known
+            days = [ends for _, over, ends in last.values() if not over]
+            if len(days) == len(last):
+                assert one.deadline_at == min(days)
+            elif days:
+                # Of what was called off the day may stay, where anything else was said.
+                assert one.deadline_at <= min(days)
 
     @invariant()
     def an_announced_end_has_its_drain_decided(self) -> None:
