@@ -266,6 +266,7 @@ INSTANCE = "i-0123456789abcdef0"
 ZONE = UUID(int=1)
 FAR = timedelta(days=3)
 KINDS = sorted(merging.STRENGTH)
+ONLY_AWS = (EventKind.SCHEDULED_CHANGE, EventKind.ASG_TERMINATE, EventKind.CAPACITY_RESERVATION_INTERRUPTION)
 
 
 @dataclass
@@ -307,7 +308,9 @@ class SignalMachine(RuleBasedStateMachine):
 
     def tell(self, event: ParsedEvent, label: str) -> None:
         """As a batch does: decide, find whose it is, begin or merge."""
-        label = label_of(EventSource(label), event.kind)
+        # Of maintenances and groups only AWS knows.
+        told_by = EventSource.SQS if event.kind in ONLY_AWS else EventSource(label)
+        label = label_of(told_by, event.kind)
         node = self.node()
         decision = decide(event, INSTANCE, node, self.policies, self.now)
         index = merging.owner(self.known, event, decision, self.now)
@@ -350,9 +353,13 @@ class SignalMachine(RuleBasedStateMachine):
             assert before.kind is EventKind.SCHEDULED_CHANGE, "only a maintenance is called off"
             assert branch.drain is None, "what has begun goes on"
             assert {heard.kind for heard, _ in self.heard[index]} == {EventKind.SCHEDULED_CHANGE}, "others spoke too"
+            assert all(word.called_off for word in merged.known.words), "another maintenance is still to come"
             branch.launch = branch.launch and IntentState.CANCELLED
         else:
             assert merged.known.state == before.state
+            days = [word.ends_at for word in merged.known.words if not word.called_off]
+            if before.state == "open" and before.drain_pending and before.detected_by == (label,) and days:
+                assert merged.known.deadline_at == min(days), "it is prepared for on the day of the next one"
         self.do(index, merged.effects)
         assert not merging.call_off(self.known[index], event, label, self.now).notes, "the same again changes nothing"
 
