@@ -25,6 +25,8 @@ import msgspec
 from control.sandbox.aws.protocol import SQS_NAMESPACE, Answer, AwsError, Call, json_answer, query_answer
 from control.sandbox.aws.storage import Storage
 
+# A body above this takes milliseconds to put into an answer.
+LARGE_BODY = 32_768
 LARGEST_MESSAGE_BYTES = 1_048_576
 """SQS raised its limit from 256 KiB to 1 MiB in August 2025."""
 LARGEST_INFLIGHT = 120_000
@@ -62,6 +64,14 @@ class Message:
     visible_at: float = 0.0
     receipt: int = 0
     deleted: bool = False
+    json: msgspec.Raw | None = None
+
+    @property
+    def body_as_json(self) -> msgspec.Raw:
+        """The body as a JSON answer holds it."""
+        if self.json is None:
+            self.json = msgspec.Raw(msgspec.json.encode(self.body))
+        return self.json
 
 
 @dataclass(slots=True, eq=False)
@@ -179,6 +189,9 @@ class Sqs:
                 attributes=attributes[i] if attributes else None,
                 visible_at=now + delay,
             )
+            if len(body) > LARGE_BODY:
+                # Whoever receives it must not wait for that.
+                _ = message.body_as_json
             queue.by_id[message.id] = message
             if delay:
                 heapq.heappush(queue.hidden, (message.visible_at, next(self._seq), message))
@@ -499,7 +512,7 @@ class Sqs:
         call.result["message_ids"] = [m.id for m in taken]
         names = {*(params.get("AttributeNames") or []), *(params.get("MessageSystemAttributeNames") or [])}
         user_names = set(params.get("MessageAttributeNames") or [])
-        return {"Messages": [_rendered(queue, m, names, user_names) for m in taken]} if taken else {}
+        return {"Messages": [_rendered(m, names, user_names, json=call.json) for m in taken]} if taken else {}
 
     def _api_delete_message(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
         (deleted,) = self.delete(self._own(call, params), [params.get("ReceiptHandle", "")])
@@ -554,12 +567,12 @@ def _parse(queue: Queue, handle: str) -> tuple[Message | None, int]:
     return queue.by_id.get(message_id), int(receipt)
 
 
-def _rendered(queue: Queue, message: Message, names: set[str], user_names: set[str]) -> dict[str, Any]:
+def _rendered(message: Message, names: set[str], user_names: set[str], *, json: bool) -> dict[str, Any]:
     rendered: dict[str, Any] = {
         "MessageId": message.id,
         "ReceiptHandle": f"{message.id}:{message.receipt}",
         "MD5OfBody": message.md5,
-        "Body": message.body,
+        "Body": message.body_as_json if json else message.body,
     }
     if names:
         every = {
