@@ -81,7 +81,8 @@ class SandboxConfig:
     """Range of the time an instance is pending."""
     visibility_delay_seconds: tuple[float, float] = (0.0, 0.0)
     """Range of the time after which Describe shows a new instance; AWS: up to some 30 s."""
-    describe_page_size: int = 1_000
+    describe_page_size: int = 100
+    """EC2 gives 1,000 at most, and may give fewer. To write a page holds up all else that the double's process does."""
     price_page_size: int = 1_000
     rate_limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     """EC2 action to (burst, calls per second) per account and region; beyond it RequestLimitExceeded."""
