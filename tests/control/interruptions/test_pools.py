@@ -22,10 +22,15 @@ async def _seen(db: Database, tenant: Tenant, what: str, times: int) -> float:
 
 async def test_points_add_up_and_halve(db: Database, tenant: Tenant, other_tenant: Tenant) -> None:
     assert await _seen(db, tenant, "interruption", 1) == pytest.approx(pools.INTERRUPTION_PENALTY)
-    await tenant.rows("UPDATE pool_standings SET updated_at = now() - interval '30 minutes' RETURNING 1")
+    await tenant.rows(
+        "UPDATE pool_standings SET updated_at = now() - interval '30 minutes' "
+        "WHERE customer_id = :customer_id RETURNING 1"
+    )
     two = pools.INTERRUPTION_PENALTY / 2 + pools.REFUSAL_PENALTY
     assert await _seen(db, tenant, "refusal", 1) == pytest.approx(two, rel=1e-3)
-    row = await tenant.row("SELECT interruptions, refusals, rebalances FROM pool_standings")
+    row = await tenant.row(
+        "SELECT interruptions, refusals, rebalances FROM pool_standings WHERE customer_id = :customer_id"
+    )
     assert tuple(row) == (1, 1, 0)
     async with db.system() as conn:
         assert await market_repository.standings(conn, other_tenant.customer_id, "us-east-1") == {}
