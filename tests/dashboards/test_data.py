@@ -182,6 +182,15 @@ def test_the_chart_marks_the_deadline_of_each_interruption(data: Data, seeded: S
     assert len({row for row, _ in deadlines["top"]}) == 2
 
 
+def test_a_replacement_of_an_hour_leaves_the_other_timelines_their_room(data: Data, seeded: Seeded) -> None:
+    now = seeded.world.now
+    row = data.interruptions(seeded.world.first.id, now - timedelta(days=30))[1]
+    late = replace(row, launched_at=row.notice_at, ready_at=row.notice_at + timedelta(hours=1))
+    sources = timeline_chart([late], now).object.select({"type": ColumnDataSource})
+    (spans,) = (source.data for source in sources if "end" in source.data)
+    assert max(spans["end"]) == 2 * (late.deadline_at - late.notice_at).total_seconds()
+
+
 def test_what_an_earlier_signal_had_begun_is_no_speed_of_the_warning(data: Data, seeded: Seeded) -> None:
     rows = data.interruptions(seeded.world.first.id, seeded.world.now - timedelta(days=30))
     recommended = rows[5]
