@@ -55,8 +55,9 @@ ASSUMING_AT_ONCE = 32
 THROTTLE_CODES = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"})
 # Reading changes nothing, and a session is not kept.
 READS = ("Describe", "Get", "AssumeRole")
-# What else may be called: the parameter by which AWS, or we, know a repetition, and the column in which it stands
-# before the first call. Anything that is not here is not sent.
+# What else may be called: the parameter by which AWS, or we, know a repetition, and the column it is kept in.
+# What AWS made an id for has that as its key: an instance that is ended twice is ended once, also one that we know by
+# its tags only. Anything that is not here is not sent.
 EFFECTS = {
     "RunInstances": ("ClientToken", "launch_batches.client_token"),
     "TerminateInstances": ("InstanceIds", "launch_attempts.instance_id"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -173,39 +173,33 @@ class Accounts:
         """Instances by id; those EC2 does not know are left out."""
         found: dict[str, dict[str, Any]] = {}
         for start in range(0, len(instance_ids), 200):
-            filters = [{"Name": "instance-id", "Values": list(instance_ids[start : start + 200])}]
-            async for reservation in self.runtime.aws.pages(
-                "ec2",
-                "DescribeInstances",
-                {"Filters": filters},
-                "Reservations",
-                region=region,
-                credentials=credentials,
-            ):
-                found |= {instance["InstanceId"]: instance for instance in reservation.get("Instances", [])}
+            filters = {"instance-id": instance_ids[start : start + 200]}
+            found |= {item["InstanceId"]: item async for item in self.instances(region, credentials, filters)}
         return found
+
+    async def instances(
+        self, region: str, credentials: Credentials, filters: Mapping[str, Sequence[str]]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """All that DescribeInstances shows under filters, to the last page."""
+        wanted = [{"Name": name, "Values": list(values)} for name, values in filters.items()]
+        async for reservation in self.runtime.aws.pages(
+            "ec2", "DescribeInstances", {"Filters": wanted}, "Reservations", region=region, credentials=credentials
+        ):
+            for instance in reservation.get("Instances", []):
+                yield instance
 
     async def launched_by(self, batch: BatchRow, credentials: Credentials) -> list[dict[str, Any]]:
         """The instances that EC2 shows of a call, dead ones too, in the order it launched them. Describe may not show
         all of them yet (C-10)."""
-        found: list[dict[str, Any]] = []
         instance_type = json.loads(batch.request_json)["InstanceType"]
-        filters = [{"Name": f"tag:{TAG_BATCH}", "Values": [str(batch.id)]}]
-        async for reservation in self.runtime.aws.pages(
-            "ec2",
-            "DescribeInstances",
-            {"Filters": filters},
-            "Reservations",
-            region=batch.region,
-            credentials=credentials,
-        ):
-            found += [
-                instance
-                for instance in reservation.get("Instances", [])
-                if is_ours(instance, deployment_id=self.runtime.deployment_id, customer_id=batch.customer_id)
-                # Whoever launches "more like this" gets the tags too; the token is the call's own.
-                and launched_by(instance, batch.client_token, instance_type, batch.first_called_at)
-            ]
+        filters = {f"tag:{TAG_BATCH}": [str(batch.id)]}
+        found = [
+            instance
+            async for instance in self.instances(batch.region, credentials, filters)
+            if is_ours(instance, deployment_id=self.runtime.deployment_id, customer_id=batch.customer_id)
+            # Whoever launches "more like this" gets the tags too; the token is the call's own.
+            and launched_by(instance, batch.client_token, instance_type, batch.first_called_at)
+        ]
         return sorted(found, key=lambda instance: (instance.get("AmiLaunchIndex", 0), instance["InstanceId"]))
 
     async def credentials(self, cluster: ClusterFacts) -> Credentials:

@@ -103,26 +103,22 @@ class Calls:
         """Send a frozen request, once, and record what became of it; or withdraw it, when it was never sent and is not
         to be any more."""
         async with self.holding(batch):
-            async with self.runtime.db.system() as conn:
-                withheld = await wanted_repository.withheld(conn, batch)
-            if withheld:
-                await self.record(batch, Reading(Meaning.WITHDRAWN, "Withdrawn", withheld))
-                return
+            credentials, refused = None, None
             try:
                 credentials = await self.accounts.credentials(cluster)
             except AwsError as error:
                 self._forget(error, cluster)
-                reading = answers.of_a_retry(answers.read(error)) if batch.calls else answers.of_no_call(error)
-                await self.record(batch, reading)
-                return
+                refused = answers.of_a_retry(answers.read(error)) if batch.calls else answers.of_no_call(error)
             held_at = time.monotonic()
+            # Only now: the account may have taken its time.
             async with self.runtime.db.system() as conn:
-                # Once more: the account may have taken its time.
                 withheld = await wanted_repository.withheld(conn, batch)
-                calls = 0 if withheld else await launch_repository.note_call(conn, batch)
+                calls = await launch_repository.note_call(conn, batch) if credentials and not withheld else 0
             if withheld:
                 await self.record(batch, Reading(Meaning.WITHDRAWN, "Withdrawn", withheld))
-            elif calls:
+            elif refused:
+                await self.record(batch, refused)
+            elif credentials and calls:
                 await self._call(batch, cluster, credentials, first=calls == 1, held_at=held_at)
             else:
                 log.warning("launch.not_ours_any_more", batch_id=str(batch.id), epoch=batch.lease_epoch)

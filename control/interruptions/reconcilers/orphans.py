@@ -137,21 +137,12 @@ def whose_is(instance: Mapping[str, Any], attempt: Any, batch: Any) -> Whose:
 
 
 async def _ours(launcher: Launcher, place: Place, credentials: Credentials) -> dict[str, dict[str, Any]]:
-    filters = [
-        {"Name": f"tag:{TAG_MANAGED}", "Values": [launcher.runtime.deployment_id]},
-        {"Name": f"tag:{TAG_TENANT}", "Values": [str(place.customer_id)]},
-    ]
-    found: dict[str, dict[str, Any]] = {}
-    async for reservation in launcher.runtime.aws.pages(
-        "ec2",
-        "DescribeInstances",
-        {"Filters": filters},
-        "Reservations",
-        region=place.region,
-        credentials=credentials,
-    ):
-        found |= {instance["InstanceId"]: instance for instance in reservation.get("Instances", [])}
-    return found
+    filters = {
+        f"tag:{TAG_MANAGED}": [launcher.runtime.deployment_id],
+        f"tag:{TAG_TENANT}": [str(place.customer_id)],
+    }
+    shown = launcher.accounts.instances(place.region, credentials, filters)
+    return {instance["InstanceId"]: instance async for instance in shown}
 
 
 async def _ended_by_others(launcher: Launcher, instances: dict[str, dict[str, Any]], attempts: dict[str, Any]) -> None:

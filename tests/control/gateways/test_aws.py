@@ -137,7 +137,7 @@ async def test_what_changes_something_is_sent_with_its_key_only(
 
 
 def test_every_key_has_a_column_of_its_own() -> None:
-    """R-15: it stands in the database before the first call; tasks, events and notifications have theirs too."""
+    """R-15; tasks, events and notifications have theirs too."""
     internal = ("agent_tasks.dedupe_key", "outbox.id", "notifications.dedupe_key")
     for name in (*(column for _, column in EFFECTS.values()), *internal):
         table, _, column = name.partition(".")

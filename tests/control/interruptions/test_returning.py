@@ -265,6 +265,16 @@ async def _advance_until_drained(stage: Stage, launcher: Launcher) -> None:
     await stage.until(drained, 10)
 
 
+async def _about_to_end(stage: Stage, launcher: Launcher) -> str:
+    """A stand-in whose return has come as far as its end: drained, and cordoned by its agent's report."""
+    old = await _stand_in(stage, launcher)
+    await returning.consider(launcher)
+    await _launch(stage, launcher)
+    await _advance_until_drained(stage, launcher)
+    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    return old
+
+
 async def test_a_stand_in_goes_back_to_spot_by_a_plan_with_its_evidence(stage: Stage, launcher: Launcher) -> None:
     old = await _stand_in(stage, launcher)
     assert await returning.consider(launcher) == 1
@@ -397,11 +407,7 @@ async def test_an_interruption_between_commit_and_call_withdraws_the_launch_of_a
 async def test_what_comes_while_ec2_is_asked_holds_the_end_of_the_old_node(
     stage: Stage, launcher: Launcher, what: str
 ) -> None:
-    old = await _stand_in(stage, launcher)
-    await returning.consider(launcher)
-    await _launch(stage, launcher)
-    await _advance_until_drained(stage, launcher)
-    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    old = await _about_to_end(stage, launcher)
     fresh = (await stage.launch_nodes())[0]
     stage.aws.inject(Fault("delay", action="DescribeInstances", seconds=1.0, nth=2))
     before = len(stage.calls("DescribeInstances"))
@@ -572,11 +578,7 @@ async def test_the_old_node_waits_for_its_clusters_round_and_for_a_person(
     stage: Stage, launcher: Launcher, held: str
 ) -> None:
     """Another loop, or worker, ended an instance of the cluster a moment ago; or the database was restored."""
-    old = await _stand_in(stage, launcher)
-    await returning.consider(launcher)
-    await _launch(stage, launcher)
-    await _advance_until_drained(stage, launcher)
-    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    old = await _about_to_end(stage, launcher)
     adopt_only = "UPDATE customers SET adopt_only_since = {} WHERE id = :customer_id RETURNING 1"
     if held == "round":
         assert await claim_endings(launcher.runtime, stage.tenant.cluster_id)
@@ -613,11 +615,7 @@ async def test_a_customer_that_leaves_keeps_its_role_until_its_return_has_stoppe
 
 
 async def test_an_old_node_that_lost_our_tag_is_never_ended(stage: Stage, launcher: Launcher) -> None:
-    old = await _stand_in(stage, launcher)
-    await returning.consider(launcher)
-    await _launch(stage, launcher)
-    await _advance_until_drained(stage, launcher)
-    await stage.tenant.rows("UPDATE nodes SET status = 'cordoned' WHERE instance_id = :i RETURNING 1", i=old)
+    old = await _about_to_end(stage, launcher)
     stage.aws._instances.by_id[old].tags.pop("cloudoptim:managed")
     await returning.advance(launcher)
     assert _alive(stage, old)
