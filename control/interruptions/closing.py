@@ -14,7 +14,7 @@ from control.interruptions import closing_repository, drafts_repository, metrics
 from control.interruptions.batch import Batch
 from control.interruptions.closing_repository import Ended
 from control.interruptions.drains import drain_task
-from control.interruptions.messages import Ingested
+from control.interruptions.messages import Ingested, told_closed
 from control.interruptions.moving import apply_events
 from control.interruptions.policies import SOFT_KINDS, NodeFacts
 from control.interruptions.runtime import Runtime
@@ -28,7 +28,6 @@ from control.interruptions.states import (
     close_unmatched,
 )
 from warehouse.contracts import EventKind, InterruptionAction
-from warehouse.postgres.models import new_id
 
 LIMIT = 500
 # A drain after its replacement is Ready has no deadline but its own.
@@ -107,21 +106,16 @@ async def cancel_unwanted(runtime: Runtime) -> int:
 
 
 def _told(row: Ended, outcome: str, reason: str | None, now: datetime) -> dict[str, Any]:
-    return {
-        "id": new_id(),
-        "customer_id": row.customer_id,
-        "topic": "spot.interruption.closed",
-        "payload": {
-            "interruption_id": row.id,
-            "customer_id": row.customer_id,
-            "cluster_id": row.cluster_id,
-            "instance_id": row.instance_id,
-            "outcome": outcome,
-            "reason": reason,
-            "replacement_instance_id": row.replacement_instance_id if row.launch == "ready" else None,
-            "closed_at": now,
-        },
-    }
+    return told_closed(
+        customer_id=row.customer_id,
+        cluster_id=row.cluster_id,
+        interruption_id=row.id,
+        instance_id=row.instance_id,
+        outcome=outcome,
+        reason=reason,
+        closed_at=now,
+        replacement_instance_id=row.replacement_instance_id if row.launch == "ready" else None,
+    )
 
 
 def _observe(row: Ended, now: datetime) -> None:

@@ -17,6 +17,7 @@ from control.agents.repository import create_tasks
 from control.interruptions import drafts_repository, merging, pools, repository
 from control.interruptions.drains import drain_task, grace_seconds
 from control.interruptions.merging import Known, Merged
+from control.interruptions.messages import told_closed
 from control.interruptions.parsing import ParsedEvent
 from control.interruptions.policies import Decision, NodeFacts, maintenance_launch_at
 from control.interruptions.repository import InterruptionRow
@@ -240,21 +241,15 @@ class Drafts:
         self._last_entry[draft.id] = entry
 
     def _told_closed(self, draft: Draft) -> dict[str, Any]:
-        return {
-            "id": new_id(),
-            "customer_id": self.customer_id,
-            "topic": "spot.interruption.closed",
-            "payload": {
-                "interruption_id": draft.id,
-                "customer_id": self.customer_id,
-                "cluster_id": draft.identity["cluster_id"],
-                "instance_id": draft.identity["instance_id"],
-                "outcome": draft.known.outcome,
-                "reason": draft.known.reason,
-                "replacement_instance_id": None,
-                "closed_at": self.now,
-            },
-        }
+        return told_closed(
+            customer_id=self.customer_id,
+            cluster_id=draft.identity["cluster_id"],
+            interruption_id=draft.id,
+            instance_id=draft.identity["instance_id"],
+            outcome=draft.known.outcome,
+            reason=draft.known.reason,
+            closed_at=self.now,
+        )
 
     def _told(self, draft: Draft, node: NodeFacts) -> dict[str, Any]:
         return {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from control.bus.bells import Bells
 from warehouse.contracts import EventKind, EventSource
+from warehouse.postgres.models import new_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,35 @@ def label_of(source: EventSource, kind: EventKind) -> str:
     if kind is EventKind.SPOT_INTERRUPTION or source in (EventSource.AGENT, EventSource.POLL):
         return source.value
     return kind.value
+
+
+def told_closed(
+    *,
+    customer_id: UUID,
+    cluster_id: UUID | None,
+    interruption_id: UUID,
+    instance_id: str,
+    outcome: str | None,
+    reason: str | None,
+    closed_at: datetime,
+    replacement_instance_id: str | None = None,
+) -> dict[str, Any]:
+    """The outbox's row that tells the bus of an interruption's end."""
+    return {
+        "id": new_id(),
+        "customer_id": customer_id,
+        "topic": "spot.interruption.closed",
+        "payload": {
+            "interruption_id": interruption_id,
+            "customer_id": customer_id,
+            "cluster_id": cluster_id,
+            "instance_id": instance_id,
+            "outcome": outcome,
+            "reason": reason,
+            "replacement_instance_id": replacement_instance_id,
+            "closed_at": closed_at,
+        },
+    }
 
 
 def sha256(body: str | bytes) -> str:

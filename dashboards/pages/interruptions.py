@@ -23,8 +23,8 @@ ALL = "All clusters"
 # Rows of the chart; the table below it goes further.
 TIMELINES = 16
 TABLE_ROWS = 100
-# How far the colour of a step that goes on is drawn; what takes longer is in the table.
-RUNNING_SECONDS = 240.0
+# How far timelines are drawn at least, and twice as far as their deadlines; what takes longer is in the table.
+SHOWN_SECONDS = 240.0
 DRAIN, REPLACEMENT = plots.BRAND, plots.SPOT
 # Where in its row of the chart a colour runs: the drain above, the replacement below.
 LANES = {DRAIN: 0.16, REPLACEMENT: -0.16, plots.BASELINE: 0.0}
@@ -202,7 +202,7 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
     spans: dict[str, list[Any]] = {name: [] for name in ("row", "start", "end", "color")}
     deadlines: dict[str, list[Any]] = {name: [] for name in ("x", "top", "bottom", "at")}
     # What took an hour, because nothing of ours ran, must not press the others together.
-    edge = 2 * max((row.deadline_at - row.notice_at).total_seconds() for row in newest)
+    edge = max(SHOWN_SECONDS, *(2 * (row.deadline_at - row.notice_at).total_seconds() for row in newest))
 
     def place(seconds: float) -> float:
         """What lies outside stands at the edge; its tooltip tells when it was. Left of the notice is what an earlier
@@ -223,7 +223,7 @@ def timeline_chart(rows: Sequence[InterruptionRow], now: datetime) -> Any:
             steps["at"].append(ui.when(at, seconds=True))
             steps["color"].append(color)
             steps["size"].append(11 if what in ("Node drained", "Replacement Ready") else 7)
-        running = min((now - row.notice_at).total_seconds(), RUNNING_SECONDS)
+        running = (now - row.notice_at).total_seconds()
         for start, end, color in (
             (row.task_created_at, row.drained_at, DRAIN),
             (row.launched_at, row.ready_at, REPLACEMENT),
